@@ -1,0 +1,31 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Copies of whole lines, one function an instruction set, all with one promise that recovery rests on:
+ *
+ *   lines go in ascending order, each is loaded whole before any of it is stored, and *copied (bytes)
+ *   is advanced after a line is stored and before the next is touched.
+ *
+ * Processor faults are precise, so at a fault *copied is exact, streaming stores included.
+ */
+#ifndef PYKHUGE_COPY_PAGE_H
+#define PYKHUGE_COPY_PAGE_H
+
+#include <stddef.h>
+
+/* @next: what will be read after this, fetched into the cache line by line (prefetches never fault). */
+typedef void copy_lines_fn(char *to, const char *from, size_t nr_lines, const char *next,
+			   volatile size_t *copied);
+
+struct copy_lines {
+	const char *name;
+	copy_lines_fn *cached;   /* any alignment of @to; leaves @to in the cache */
+	copy_lines_fn *streamed; /* @to aligned to 64; goes around the cache; needs copy_lines_fence */
+};
+
+/* The one in use. */
+const struct copy_lines *copy_lines(void);
+
+/* Streaming stores are weakly ordered: no copy may return, nor fail, before this. */
+void copy_lines_fence(void);
+
+#endif
