@@ -1,5 +1,13 @@
-"""Linux's khugepaged and its machine-check safe page copy, as a library."""
+"""Linux's khugepaged and its machine-check safe page copy, as a library.
 
+The copies work on any memory; `Machine` is the model around them.
+"""
+
+from pykhuge.kernel.panic import KernelBug, KernelPanic
+from pykhuge.kernel.sched import WouldBlock
+from pykhuge.khugepaged.scan_result import CollapseError, ScanResult
+from pykhuge.machine import Machine
+from pykhuge.mm.fault import BusError, SegmentationFault, UserFault
 from pykhuge.mm.highmem import (
     DestinationFault,
     MachineCheck,
@@ -10,10 +18,28 @@ from pykhuge.mm.highmem import (
     copy_mc_user_highpage,
     machine_check,
 )
+from pykhuge.mm.huge_memory import OutOfMemory
+from pykhuge.process import PROT_EXEC, PROT_NONE, PROT_READ, PROT_WRITE, Advice, Process
 
 __all__ = [
+    "PROT_EXEC",
+    "PROT_NONE",
+    "PROT_READ",
+    "PROT_WRITE",
+    "Advice",
+    "BusError",
+    "CollapseError",
     "DestinationFault",
+    "KernelBug",
+    "KernelPanic",
+    "Machine",
     "MachineCheck",
+    "OutOfMemory",
+    "Process",
+    "ScanResult",
+    "SegmentationFault",
+    "UserFault",
+    "WouldBlock",
     "copy_highpage",
     "copy_mc",
     "copy_mc_highpage",

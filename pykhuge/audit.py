@@ -1,0 +1,336 @@
+"""The audit: every count and reference once more, from first principles.
+
+It walks the page tables, the swap map, the LRU batches and everything else that may refer to a page,
+adds up, and holds the sums against what the code has counted on its way. It may be called whenever
+no spinlock is held, also while tasks are paused in the middle of something.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
+from pykhuge.kernel.panic import KernelBug
+from pykhuge.mm.mm_types import Mm, Vma
+from pykhuge.mm.mmzone import Memory
+from pykhuge.mm.page import (
+    GUP_PIN_COUNTING_BIAS,
+    Pfns,
+    PG_anon,
+    PG_anon_exclusive,
+    PG_head,
+    PG_in_flight,
+    PG_isolated,
+    PG_locked,
+    PG_lru,
+    PG_mlocked,
+    PG_swapcache,
+    PG_table,
+    PG_tail,
+    PG_zone_device,
+    compound_head,
+)
+from pykhuge.mm.page_table import (
+    PAGE_RW,
+    PUD_SHIFT,
+    SWP_TYPE_SHIFT,
+    U_PRESENT,
+    Ptes,
+    is_swap_ptes,
+    pmd_trans_huge,
+    pte_pfn,
+    pte_pfns,
+    swp_offsets,
+)
+from pykhuge.mm.swap import isolated_item, lru_item
+from pykhuge.mm.vmstat import (
+    MM_ANONPAGES,
+    MM_COUNTERS,
+    MM_SWAPENTS,
+    NODE_STATS,
+    NR_ANON_MAPPED,
+    NR_ANON_THPS,
+    NR_FREE_PAGES,
+    NR_MLOCK,
+    NR_PAGETABLE,
+    NR_SWAPCACHE,
+)
+
+__all__ = ["audit"]
+
+
+@dataclass
+class Recount:
+    """What the walks have found. References go to heads, `mapped` to the very page."""
+
+    references: list[Pfns] = field(default_factory=list)
+    mapped: list[Pfns] = field(default_factory=list)
+    entire: list[int] = field(default_factory=list)
+    pins: Counter[int] = field(default_factory=Counter)
+    tables: list[int] = field(default_factory=list)
+    slots: Counter[int] = field(default_factory=Counter)
+    findings: list[str] = field(default_factory=list)
+
+    def expect(self, what: str, counted: object, recounted: object) -> None:
+        if counted != recounted:
+            self.findings.append(f"{what} is {counted}, recount {recounted}")
+
+    def refer(self, pfns: list[int]) -> None:
+        if pfns:
+            self.references.append(np.array(pfns, np.int64))
+
+
+def audit(mem: Memory) -> None:
+    """Recount all of `mem`. Raises: KernelBug with a line for every difference."""
+    recount = Recount()
+    for mm in mem.mms:
+        _walk_mm(mem, mm, recount)
+    _other_references(mem, recount)
+    used = _used_pages(mem)
+    _check_pages(mem, recount, used)
+    _check_node_stats(mem, recount, used)
+    _check_swap(mem, recount, used)
+    _check_memcgs(mem, recount, used)
+    _check_locks(mem, recount)
+    if recount.findings:
+        raise KernelBug(*recount.findings)
+
+
+def _used_pages(mem: Memory) -> Pfns:
+    """Every frame that is not free, in ascending order."""
+    ranges = [(node.start_pfn, node.start_pfn + node.high * HPAGE_PMD_NR) for node in mem.nodes]
+    ranges.append((mem.device_start, mem.pages.nr_pages))
+    found = []
+    for start, end in ranges:
+        flags = mem.pages.flags[start:end] & np.uint32(~PG_zone_device & 0xFFFFFFFF)
+        found.append(start + np.flatnonzero((flags != 0) | (mem.pages.refcount[start:end] != 0)))
+    return np.concatenate(found)
+
+
+def _walk_mm(mem: Memory, mm: Mm, recount: Recount) -> None:
+    anon = swapped = tables = 0
+    for gib, pmd_table in mm.pmd_tables.items():
+        recount.tables.append(pmd_table)
+        tables += 1
+        words = mem.ram.words[pmd_table]
+        huge = 0
+        for place in np.flatnonzero(words).tolist():
+            addr, pmd = (gib << PUD_SHIFT) + place * HPAGE_PMD_SIZE, int(words[place])
+            if pmd_trans_huge(pmd):
+                huge += 1
+                anon += _see_huge(mem, mm, addr, pmd, recount)
+            else:
+                tables += 1
+                recount.tables.append(pte_pfn(pmd))
+                seen = _see_table(mem, mm, addr, mem.ram.words[pte_pfn(pmd)], recount)
+                anon, swapped = anon + seen[0], swapped + seen[1]
+        deposits = mm.deposits.get(gib, [])
+        recount.expect(f"{mm.name}: deposited tables of GiB {gib}", len(deposits), huge)
+        recount.tables.extend(deposits)
+        tables += len(deposits)
+    for addr, pmd in mm.detached.items():
+        tables += 1
+        recount.tables.append(pte_pfn(pmd))
+        seen = _see_table(mem, mm, addr, mem.ram.words[pte_pfn(pmd)], recount)
+        anon, swapped = anon + seen[0], swapped + seen[1]
+    expected = {MM_ANONPAGES: anon, MM_SWAPENTS: swapped}
+    for item, name in enumerate(MM_COUNTERS):
+        recount.expect(f"{mm.name}: {name}", mm.rss_stat[item], expected.get(item, 0))
+    recount.expect(f"{mm.name}: pgtables_bytes", mm.pgtables_bytes, tables * PAGE_SIZE)
+
+
+def _see_huge(mem: Memory, mm: Mm, addr: int, pmd: int, recount: Recount) -> int:
+    """Count one huge PMD; returns the pages it adds to MM_ANONPAGES."""
+    head = pte_pfn(pmd)
+    vma = _vma_at(mm, addr)
+    if vma is None or vma.vm_end < addr + HPAGE_PMD_SIZE:
+        recount.findings.append(f"{mm.name}: a huge PMD at {addr:#x} reaches beyond its VMA")
+        return 0
+    if head == mem.huge_zero_pfn:
+        return 0
+    recount.entire.append(head)
+    recount.refer([head])
+    _check_rmap(mem, vma, np.array([addr]), np.array([head]), recount)
+    if pmd & PAGE_RW and not mem.pages.flags[head] & PG_anon_exclusive:
+        recount.findings.append(f"{mm.name}: huge page {head:#x} is writable but not exclusive")
+    return HPAGE_PMD_NR
+
+
+def _see_table(mem: Memory, mm: Mm, addr: int, ptes: Ptes, recount: Recount) -> tuple[int, int]:
+    """Count one page table; returns the pages and the swap entries in it."""
+    swapped = ptes[is_swap_ptes(ptes)]
+    swapped = swapped[swapped >> np.uint64(SWP_TYPE_SHIFT) == 0]
+    recount.slots.update(swp_offsets(swapped).tolist())
+    places = np.flatnonzero(ptes & U_PRESENT)
+    pfns = pte_pfns(ptes[places])
+    normal = pfns != mem.zero_pfn
+    places, pfns = places[normal], pfns[normal]
+    recount.mapped.append(pfns)
+    recount.references.append(compound_head(mem.pages, pfns))
+    addrs = addr + (places << PAGE_SHIFT)
+    for vma in mm.vmas:
+        inside = (addrs >= vma.vm_start) & (addrs < vma.vm_end)
+        if inside.any():
+            _check_rmap(mem, vma, addrs[inside], pfns[inside], recount)
+            pfns, addrs, places = pfns[~inside], addrs[~inside], places[~inside]
+    recount.findings.extend(
+        f"{mm.name}: page {pfn:#x} is mapped at {at:#x}, outside of any VMA"
+        for pfn, at in zip(pfns.tolist(), addrs.tolist(), strict=True)
+    )
+    writable = pte_pfns(ptes[(ptes & U_PRESENT != 0) & (ptes & np.uint64(PAGE_RW) != 0)])
+    shared = writable[mem.pages.flags[writable] & np.uint32(PG_anon_exclusive) == 0]
+    recount.findings.extend(
+        f"{mm.name}: page {pfn:#x} is writable but not exclusive" for pfn in shared.tolist()
+    )
+    return int(np.count_nonzero(normal)), len(swapped)
+
+
+def _vma_at(mm: Mm, addr: int) -> Vma | None:
+    return next((vma for vma in mm.vmas if vma.vm_start <= addr < vma.vm_end), None)
+
+
+def _check_rmap(
+    mem: Memory, vma: Vma, addrs: npt.NDArray[np.int64], pfns: Pfns, recount: Recount
+) -> None:
+    """The pages mapped at `addrs` must be found there by an rmap walk."""
+    heads = compound_head(mem.pages, pfns)
+    keys = [anon_vma.key for anon_vma in vma.anon_vma_chain]
+    indexes = vma.vm_pgoff + ((addrs - vma.vm_start) >> PAGE_SHIFT)
+    found = np.isin(mem.pages.mapping[heads], keys) & (
+        mem.pages.index[heads] + pfns - heads == indexes
+    )
+    for addr in addrs[~found].tolist():
+        recount.findings.append(f"{vma.mm.name}: rmap does not find the page mapped at {addr:#x}")
+
+
+def _other_references(mem: Memory, recount: Recount) -> None:
+    recount.refer(recount.tables)
+    recount.refer(list(mem.swap.cache.values()))
+    for batch in mem.lru_batches:
+        recount.refer(batch)
+    recount.refer([mem.zero_pfn] + ([mem.huge_zero_pfn] if mem.huge_zero_pfn is not None else []))
+    for held in mem.user_pages:
+        for head in compound_head(mem.pages, held.pfns).tolist():
+            compound = mem.pages.flags[head] & PG_head
+            recount.refer([head] * (GUP_PIN_COUNTING_BIAS if held.pinned and not compound else 1))
+            if held.pinned and compound:
+                recount.pins[head] += 1
+
+
+def _check_pages(mem: Memory, recount: Recount, used: Pfns) -> None:
+    pages = mem.pages
+    flags = pages.flags[used]
+    held = np.uint32(PG_isolated | PG_in_flight)
+    recount.references.append(used[flags & held != 0])
+    _compare(recount, "refcount", pages.refcount, used, np.concatenate(recount.references))
+    _compare(recount, "mapcount", pages.mapcount, used, np.concatenate([*recount.mapped, used[:0]]))
+    _compare(
+        recount, "entire_mapcount", pages.entire_mapcount, used, np.array(recount.entire, np.int64)
+    )
+    _compare(
+        recount, "pincount", pages.pincount, used, np.array(list(recount.pins.elements()), np.int64)
+    )
+    waiting = np.array([pfn for batch in mem.lru_batches for pfn in batch], np.int64)
+    for pfn in waiting[pages.flags[waiting] & np.uint32(PG_lru) != 0].tolist():
+        recount.findings.append(f"page {pfn:#x} is in an LRU batch and on a list")
+    exclusive = used[
+        (flags & np.uint32(PG_anon_exclusive) != 0) & (flags & np.uint32(PG_tail) == 0)
+    ]
+    several = exclusive[pages.mapcount[exclusive] + pages.entire_mapcount[exclusive] > 1]
+    recount.findings.extend(
+        f"exclusive page {pfn:#x} is mapped more than once" for pfn in several.tolist()
+    )
+    tables = np.sort(np.array(recount.tables, np.int64))
+    if not np.array_equal(tables, used[flags & np.uint32(PG_table) != 0]):
+        recount.findings.append("page-table pages are not those that the address spaces use")
+    locked = used[(flags & np.uint32(PG_locked) != 0) & (flags & held == 0)]
+    recount.findings.extend(
+        f"page {pfn:#x} is locked, and nobody has isolated it" for pfn in locked.tolist()
+    )
+
+
+def _compare(
+    recount: Recount, what: str, counted: npt.NDArray[np.int32], used: Pfns, found: Pfns
+) -> None:
+    """`found` holds every page as often as it should be counted."""
+    pfns, expected = np.unique(np.concatenate([used, found]), return_counts=True)
+    expected = expected - np.isin(pfns, used)
+    for index in np.flatnonzero(counted[pfns] != expected).tolist():
+        recount.expect(
+            f"page {pfns[index]:#x}: {what}", int(counted[pfns[index]]), int(expected[index])
+        )
+
+
+def _check_node_stats(mem: Memory, recount: Recount, used: Pfns) -> None:
+    expected = [[0] * len(NODE_STATS) for _ in mem.nodes]
+    flags = mem.pages.flags[used]
+    nids = mem.nids_of(used)
+    heads = compound_head(mem.pages, used)
+    mapped = (mem.pages.mapcount[used] > 0) | (mem.pages.entire_mapcount[heads] > 0)
+    anon = mem.pages.flags[heads] & np.uint32(PG_anon) != 0
+    size = np.where(flags & np.uint32(PG_head), HPAGE_PMD_NR, 1)
+    by_mask = {
+        NR_ANON_MAPPED: (mapped & anon) * 1,
+        NR_ANON_THPS: (mem.pages.entire_mapcount[used] > 0) * size,
+        NR_PAGETABLE: (flags & np.uint32(PG_table) != 0) * 1,
+        NR_MLOCK: (flags & np.uint32(PG_mlocked) != 0) * size,
+        NR_SWAPCACHE: (flags & np.uint32(PG_swapcache) != 0) * size,
+    }
+    for node in mem.nodes:
+        own = nids == node.nid
+        for item, amount in by_mask.items():
+            expected[node.nid][item] = int(amount[own].sum())
+        for bit, item_of in ((PG_lru, lru_item), (PG_isolated, isolated_item)):
+            listed = own & (flags & np.uint32(bit) != 0)
+            for kind in np.unique(flags[listed]).tolist():
+                expected[node.nid][item_of(kind)] += int(size[listed & (flags == kind)].sum())
+        inside = used[own & (used < node.end_pfn)]
+        expected[node.nid][NR_FREE_PAGES] = node.end_pfn - node.start_pfn - len(inside)
+        blocks = np.bincount((inside - node.start_pfn) // HPAGE_PMD_NR, minlength=node.high)
+        for block in np.flatnonzero(node.used[: node.high] != blocks).tolist():
+            recount.expect(
+                f"node{node.nid}: used pages of block {block}",
+                int(node.used[block]),
+                int(blocks[block]),
+            )
+        for item, name in enumerate(NODE_STATS):
+            recount.expect(
+                f"node{node.nid}: {name}", mem.vmstat.node[node.nid][item], expected[node.nid][item]
+            )
+
+
+def _check_swap(mem: Memory, recount: Recount, used: Pfns) -> None:
+    device = mem.swap
+    for slot in sorted(set(device.swap_map) | set(recount.slots)):
+        recount.expect(f"swap slot {slot}: users", device.swap_map.get(slot), recount.slots[slot])
+        if not recount.slots[slot] and slot not in device.cache:
+            recount.findings.append(f"swap slot {slot} is kept for nobody")
+    cached = used[mem.pages.flags[used] & np.uint32(PG_swapcache) != 0]
+    recount.expect("swap cache", sorted(device.cache.values()), cached.tolist())
+    for slot, pfn in device.cache.items():
+        recount.expect(f"page {pfn:#x}: swap slot", int(mem.pages.private[pfn]), slot)
+    recount.expect("swap slots", len(device.swap_map) + len(device.free) + 1, device.next_slot)
+
+
+def _check_memcgs(mem: Memory, recount: Recount, used: Pfns) -> None:
+    charged: Counter[int] = Counter()
+    keys = mem.pages.memcg[used]
+    size = np.where(mem.pages.flags[used] & np.uint32(PG_head), HPAGE_PMD_NR, 1)
+    for key in np.unique(keys).tolist():
+        charged[key] = int(size[keys == key].sum())
+    for memcg in mem.memcgs[1:]:
+        recount.expect(f"memcg {memcg.key}: usage", memcg.usage, charged[memcg.key])
+
+
+def _check_locks(mem: Memory, recount: Recount) -> None:
+    for mm in mem.mms:
+        recount.expect(f"{mm.name}: page_table_lock held", mm.page_table_lock.held, False)
+        locks = [mm.mmap_lock, *(vma.anon_vma.lock for vma in mm.vmas if vma.anon_vma is not None)]
+        for lock in locks:
+            for holder in lock.holders:
+                if holder.idle:
+                    recount.findings.append(f"{mm.name}: {lock} by a task that has ended")

@@ -1,0 +1,1 @@
+"""The machine itself: bytes, and the lines of them that have gone bad."""

@@ -1,0 +1,96 @@
+"""Poisoned cache lines, which nobody has noticed yet, and the log of those who did.
+
+A word of 64 bits stands for each page frame, a bit for each 64-byte line: bit 3 of `lines[pfn]` set
+means that reading bytes 192..255 of the frame raises a machine check. Software cannot see the word;
+it learns of a bad line by touching it. A line stays bad until `unpoison`: writing does not mend it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pykhuge.hw.memory import PAGE_SHIFT, lazy_zeros
+from pykhuge.kernel.clock import Clock
+
+__all__ = ["LINES_PER_PAGE", "LINE_SHIFT", "Mce", "Poison"]
+
+LINE_SHIFT = 6
+LINES_PER_PAGE = 64
+
+
+class Mce(NamedTuple):
+    """One machine check, as its error record holds it (struct mce).
+
+    addr: physical address of the line. `recovered` is False where it killed the host.
+    """
+
+    now_ns: int
+    cpu: int
+    addr: int
+    consumer: str
+    recovered: bool
+
+    @property
+    def pfn(self) -> int:
+        return self.addr >> PAGE_SHIFT
+
+    @property
+    def line(self) -> int:
+        return (self.addr >> LINE_SHIFT) % LINES_PER_PAGE
+
+    def __str__(self) -> str:
+        return (
+            f"mce: [Hardware Error]: CPU {self.cpu}: Machine Check Exception, uncorrected data load"
+            f" at ADDR {self.addr:#x} MISC {LINE_SHIFT:#x} in {self.consumer}"
+        )
+
+
+class Poison:
+    """All poisoned lines of a machine, and every machine check they caused."""
+
+    def __init__(self, nr_pages: int, clock: Clock) -> None:
+        self.clock = clock
+        self.lines = lazy_zeros(nr_pages, np.uint64)
+        self.log: list[Mce] = []
+        self.address: int = self.lines.ctypes.data
+
+    def poison(self, pfn: int, line: int) -> None:
+        """Make line `line` (0..63) of frame `pfn` unreadable."""
+        self._check(pfn, line)
+        self.lines[pfn] |= np.uint64(1 << line)
+
+    def unpoison(self, pfn: int, line: int | None = None) -> None:
+        """Make one line, or all lines of the frame, good again."""
+        self._check(pfn, line or 0)
+        self.lines[pfn] &= (
+            np.uint64(~(1 << line) & (1 << LINES_PER_PAGE) - 1)
+            if line is not None
+            else np.uint64(0)
+        )
+
+    def first_bad_line(self, pfns: npt.NDArray[np.int64]) -> tuple[int, int] | None:
+        """Index into `pfns` of the first frame with a bad line, and that line; None if all are good."""
+        bad = self.lines[pfns]
+        if not bad.any():
+            return None
+        index = int(np.flatnonzero(bad)[0])
+        word = int(bad[index])
+        return index, (word & -word).bit_length() - 1
+
+    def machine_check(
+        self, pfn: int, line: int, *, cpu: int, consumer: str, recovered: bool
+    ) -> Mce:
+        """Log that `consumer` met the bad line."""
+        addr = (pfn << PAGE_SHIFT) + (line << LINE_SHIFT)
+        check = Mce(self.clock.tick(), cpu, addr, consumer, recovered)
+        self.log.append(check)
+        return check
+
+    def _check(self, pfn: int, line: int) -> None:
+        if not 0 <= pfn < len(self.lines):
+            raise ValueError(f"pfn={pfn}: allowed 0..{len(self.lines) - 1}")
+        if not 0 <= line < LINES_PER_PAGE:
+            raise ValueError(f"line={line}: allowed 0..{LINES_PER_PAGE - 1}")

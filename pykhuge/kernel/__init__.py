@@ -1,0 +1,1 @@
+"""What every kernel has: locks, tasks, a clock, a trace buffer, and the ways it dies."""

@@ -1,0 +1,184 @@
+"""512 page-table entries looked at together, as the kernel's loops look at them one by one.
+
+`BlockOfPtes` sorts the entries into kinds; `FirstFailure` finds where a loop with a chain of tests
+would have stopped: at the lowest entry that fails any test, and there for the first test it fails.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from pykhuge.hw.memory import HPAGE_PMD_NR
+from pykhuge.khugepaged.control import CollapseControl
+from pykhuge.khugepaged.scan_result import ScanResult
+from pykhuge.mm.mmzone import Memory
+from pykhuge.mm.page import (
+    Pfns,
+    PG_head,
+    PG_referenced,
+    PG_swapcache,
+    PG_tail,
+    PG_young,
+    PG_zone_device,
+    compound_head,
+)
+from pykhuge.mm.page_table import PAGE_ACCESSED, PAGE_RW, PAGE_UFFD_WP, U_PRESENT, Ptes, pte_pfns
+
+__all__ = ["BlockOfPtes", "FirstFailure"]
+
+Bools = npt.NDArray[np.bool_]
+Places = npt.NDArray[np.int64]
+
+U_ACCESSED = np.uint64(PAGE_ACCESSED)
+
+U_COMPOUND = np.uint32(PG_head | PG_tail)
+U_SWAPCACHE = np.uint32(PG_swapcache)
+U_REFERENCED = np.uint32(PG_referenced | PG_young)
+U_UFFD_WP = np.uint64(PAGE_UFFD_WP)
+U_ZONE_DEVICE = np.uint32(PG_zone_device)
+# The tests behind compound_head(): where one of them fails, the loop's variable is that page's head.
+_LOOKED_AT = frozenset(
+    {
+        ScanResult.SCAN_SCAN_ABORT,
+        ScanResult.SCAN_PAGE_LRU,
+        ScanResult.SCAN_PAGE_LOCK,
+        ScanResult.SCAN_PAGE_ANON,
+        ScanResult.SCAN_PAGE_COUNT,
+        ScanResult.SCAN_DEL_PAGE_LRU,
+    }
+)
+ALL_PLACES = np.arange(HPAGE_PMD_NR)
+NO_PLACES = ALL_PLACES[:0]
+
+
+class FirstFailure:
+    """Where the loop stops, and why; `place` is 512 and `result` SCAN_SUCCEED if it does not.
+
+    Tests are offered in the order of the kernel's chain: of two at the same place the first stays.
+    """
+
+    __slots__ = ("place", "result")
+
+    def __init__(self) -> None:
+        self.place = HPAGE_PMD_NR
+        self.result = ScanResult.SCAN_SUCCEED
+
+    def at(self, place: int, result: ScanResult) -> None:
+        """The test for `result` fails at `place`."""
+        if place < self.place:
+            self.place, self.result = place, result
+
+    def where(self, places: Places, failing: Bools, result: ScanResult) -> None:
+        """The test for `result` fails at those of `places` that are marked."""
+        if failing.any():
+            self.at(int(places[failing.argmax()]), result)
+
+    def beyond(self, places: Places, limit: int, result: ScanResult) -> None:
+        """The test for `result` lets `limit` of `places` pass and fails at the next one."""
+        if len(places) > limit:
+            self.at(int(places[limit]), result)
+
+
+class BlockOfPtes:
+    """One page table's entries and the pages behind them.
+
+    none_or_zero, non_present: places (0..511) of these kinds, ascending.
+    mapped: places of the entries that map a page; `ptes`, `pfns`, `heads`, `flags` (of the head) and
+    `mapcount` (page_mapcount of the very page) go with these, element by element.
+    compound: whether any of the pages is part of a compound page.
+    """
+
+    def __init__(self, mem: Memory, table: Ptes) -> None:
+        pages = mem.pages
+        pfns = pte_pfns(table)
+        normal = table & U_PRESENT != 0
+        normal &= pfns != mem.zero_pfn
+        if normal.all():
+            self.none_or_zero = self.non_present = NO_PLACES
+            self.mapped, self.ptes, self.pfns = ALL_PLACES, table.copy(), pfns
+        else:
+            self.mapped = np.flatnonzero(normal)
+            absent = (table != 0) & (table & U_PRESENT == 0)
+            self.non_present = np.flatnonzero(absent)
+            self.none_or_zero = np.flatnonzero(~(normal | absent))
+            self.ptes, self.pfns = table[normal], pfns[normal]
+        self.heads: Pfns = self.pfns
+        self.flags = pages.flags[self.pfns]
+        self.mapcount = pages.mapcount[self.pfns]
+        self.compound = bool(np.bitwise_or.reduce(self.flags, initial=0) & (PG_head | PG_tail))
+        if self.compound:
+            self._look_at_heads(mem)
+
+    def _look_at_heads(self, mem: Memory) -> None:
+        compound = self.flags & U_COMPOUND != 0
+        self.heads = compound_head(mem.pages, self.pfns)
+        self.flags = mem.pages.flags[self.heads]
+        self.mapcount = self.mapcount + mem.pages.entire_mapcount[self.heads] * compound
+
+    def refcount_unsuitable(self, mem: Memory) -> Bools:
+        """!is_refcount_suitable() by mapped page: somebody but page tables and swap cache refers to it."""
+        expected = self.mapcount
+        if self.compound:
+            totals = {head: mem.pages.total_mapcount(head) for head in set(self.heads.tolist())}
+            expected = np.array([totals[head] for head in self.heads.tolist()], np.int32)
+        if np.bitwise_or.reduce(self.flags, initial=0) & PG_swapcache:
+            size = np.where(self.flags & np.uint32(PG_head), HPAGE_PMD_NR, 1)
+            expected = expected + (self.flags & U_SWAPCACHE != 0) * size
+        return mem.pages.refcount[self.heads] != expected
+
+    def before(self, stop: int) -> int:
+        """How many mapped entries lie below place `stop`."""
+        return len(self.mapped) if stop == HPAGE_PMD_NR else int(np.searchsorted(self.mapped, stop))
+
+    def referenced(self, nr: int, cc: CollapseControl) -> int:
+        """How many of the first `nr` mapped entries were used lately; the daemon alone asks."""
+        if not cc.is_khugepaged:
+            return 0
+        young = self.ptes[:nr] & U_ACCESSED != 0
+        if not young.all():
+            young |= self.flags[:nr] & U_REFERENCED != 0
+        return int(np.count_nonzero(young))
+
+    def writable(self, nr: int) -> bool:
+        """Whether any of the first `nr` mapped entries may be written."""
+        return bool(np.bitwise_or.reduce(self.ptes[:nr], initial=0) & PAGE_RW)
+
+    def nr_none_or_zero(self, stop: int) -> int:
+        """How many none and zero entries the loop has counted when it stops at place `stop`."""
+        if stop == HPAGE_PMD_NR:
+            return len(self.none_or_zero)
+        return int(np.searchsorted(self.none_or_zero, stop, side="right"))
+
+    def first_of_heads(self) -> Places | slice:
+        """The mapped entries at which a page is met first: a compound page is looked at once."""
+        if not self.compound:
+            return slice(None)
+        return np.sort(np.unique(self.heads, return_index=True)[1])
+
+    def last_page(self, mem: Memory, failure: FirstFailure) -> int:
+        """The page that the loop's variable holds when it ends; -1 for none."""
+        nr = self.before(failure.place)
+        if failure.result is ScanResult.SCAN_PAGE_NULL:
+            return int(self.pfns[nr])
+        if failure.result is ScanResult.SCAN_EXCEED_SHARED_PTE:
+            return int(self.pfns[nr])
+        if failure.result in _LOOKED_AT:
+            return int(self.heads[nr])
+        return int(self.heads[nr - 1]) if nr else -1
+
+    def fails_uffd_wp(self, failure: FirstFailure) -> None:
+        """A present entry is write-protected by userfaultfd."""
+        if np.bitwise_or.reduce(self.ptes, initial=0) & PAGE_UFFD_WP:
+            failure.where(self.mapped, self.ptes & U_UFFD_WP != 0, ScanResult.SCAN_PTE_UFFD_WP)
+
+    def fails_normal_page(self, failure: FirstFailure) -> None:
+        """An entry maps a zone-device page."""
+        if np.bitwise_or.reduce(self.flags, initial=0) & PG_zone_device:
+            failure.where(self.mapped, self.flags & U_ZONE_DEVICE != 0, ScanResult.SCAN_PAGE_NULL)
+
+    def fails_shared(self, failure: FirstFailure, cc: CollapseControl) -> None:
+        """More pages than max_ptes_shared are mapped more than once."""
+        if self.mapcount.max(initial=0) > 1:
+            shared = self.mapped[self.mapcount > 1]
+            failure.beyond(shared, cc.limit("max_ptes_shared"), ScanResult.SCAN_EXCEED_SHARED_PTE)

@@ -1,0 +1,101 @@
+"""The huge_memory trace events (include/trace/events/huge_memory.h), printed as the kernel prints them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pykhuge.khugepaged.scan_result import ScanResult
+
+__all__ = [
+    "mm_collapse_huge_page",
+    "mm_collapse_huge_page_isolate",
+    "mm_collapse_huge_page_swapin",
+    "mm_khugepaged_scan_pmd",
+]
+
+
+def _pointer(hashed: int) -> str:
+    """%p: the 32-bit hash of a pointer, in the width of a pointer."""
+    return f"{hashed:016x}"
+
+
+def _pfn(pfn: int) -> str:
+    """0x%lx, with -1 for a page that is not there."""
+    return f"{pfn & (1 << 64) - 1:#x}"
+
+
+class mm_khugepaged_scan_pmd(NamedTuple):  # noqa: N801
+    """One block scanned. mm: hashed pointer; scan_pfn: the last page looked at, -1 if none."""
+
+    mm: int
+    scan_pfn: int
+    writable: bool
+    referenced: int
+    none_or_zero: int
+    status: ScanResult
+    unmapped: int
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def body(self) -> str:
+        return (
+            f"mm={_pointer(self.mm)}, scan_pfn={_pfn(self.scan_pfn)}, writable={self.writable:d},"
+            f" referenced={self.referenced}, none_or_zero={self.none_or_zero},"
+            f" status={self.status.text}, unmapped={self.unmapped}"
+        )
+
+
+class mm_collapse_huge_page(NamedTuple):  # noqa: N801
+    """One collapse ended; isolated is 1 only on success."""
+
+    mm: int
+    isolated: bool
+    status: ScanResult
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def body(self) -> str:
+        return f"mm={_pointer(self.mm)}, isolated={self.isolated:d}, status={self.status.text}"
+
+
+class mm_collapse_huge_page_isolate(NamedTuple):  # noqa: N801
+    """The pages of one block were isolated, or not."""
+
+    scan_pfn: int
+    none_or_zero: int
+    referenced: int
+    writable: bool
+    status: ScanResult
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def body(self) -> str:
+        return (
+            f"scan_pfn={_pfn(self.scan_pfn)}, none_or_zero={self.none_or_zero},"
+            f" referenced={self.referenced}, writable={self.writable:d}, status={self.status.text}"
+        )
+
+
+class mm_collapse_huge_page_swapin(NamedTuple):  # noqa: N801
+    """Swapped-out pages of one block were brought in; ret is 1 if all of them were."""
+
+    mm: int
+    swapped_in: int
+    referenced: int
+    ret: int
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def body(self) -> str:
+        return (
+            f"mm={_pointer(self.mm)}, swapped_in={self.swapped_in},"
+            f" referenced={self.referenced}, ret={self.ret}"
+        )

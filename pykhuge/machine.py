@@ -1,0 +1,190 @@
+"""Machine: one host. It owns all state; nothing is global."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pykhuge import audit
+from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT
+from pykhuge.kernel.sched import Steps, Task, steps
+from pykhuge.kernel.trace import Trace
+from pykhuge.khugepaged.control import CollapseControl, KhugepagedSettings
+from pykhuge.khugepaged.scan import khugepaged_scan_block
+from pykhuge.khugepaged.scan_result import ScanResult
+from pykhuge.mm.mm_types import MemCgroup
+from pykhuge.mm.mmzone import LOCAL_DISTANCE, REMOTE_DISTANCE, Memory, ThpSettings
+from pykhuge.mm.swap import lru_add_drain_all
+from pykhuge.mm.vmstat import Ledger
+from pykhuge.process import Process
+from pykhuge.procfs import vmstat
+
+__all__ = ["Machine", "parse_size"]
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(name: str, text: str | int) -> int:
+    """Bytes in "64M", "1G", "1T" or a plain number. Raises: ValueError."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", str(text).strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError(
+            f"{name}={text!r}: allowed a number of bytes, or one with K, M, G or T behind it"
+        )
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+class Machine:
+    """A host with memory, a kernel and khugepaged; processes are made with `process`.
+
+    Args:
+        memory: of all nodes together, a multiple of 2 MiB for each node.
+        nodes: NUMA nodes, of one size; or the size of each.
+        distances: node_distance() as a square matrix; 10 and 20 if not given.
+        device_memory: ZONE_DEVICE memory beside it, for `Process` pages that are not normal.
+        swap: size of the swap device; none by default.
+        cpus: CPUs, each with its LRU batch.
+        recovery: False is the kernel before the series: a machine check in a copy is a panic.
+        seed: of all randomness; equal machines with equal calls give equal traces.
+    Raises: ValueError naming the argument.
+    """
+
+    def __init__(
+        self,
+        memory: str | int = "1G",
+        *,
+        nodes: int | Sequence[str | int] = 1,
+        distances: Sequence[Sequence[int]] | None = None,
+        device_memory: str | int = 0,
+        swap: str | int = 0,
+        cpus: int = 1,
+        recovery: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if cpus < 1:
+            raise ValueError(f"cpus={cpus}: allowed 1 and more")
+        sizes = _node_sizes(memory, nodes)
+        self.mem = Memory(
+            [size >> PAGE_SHIFT for size in sizes],
+            distances=_distances(len(sizes), distances),
+            nr_device_pages=parse_size("device_memory", device_memory) >> PAGE_SHIFT,
+            nr_swap_slots=parse_size("swap", swap) >> PAGE_SHIFT,
+            nr_cpus=cpus,
+            recovery=recovery,
+            seed=seed,
+        )
+        self.khugepaged_settings = KhugepagedSettings()
+        self.task: Task[Any] = Task(self.mem.sched, "khugepaged", self.mem.next_pid())
+
+    @property
+    def thp(self) -> ThpSettings:
+        """/sys/kernel/mm/transparent_hugepage."""
+        return self.mem.thp
+
+    @property
+    def trace(self) -> Trace:
+        """The trace events so far; `text()` is what trace_pipe prints."""
+        return self.mem.trace
+
+    @property
+    def log(self) -> list[str]:
+        """The kernel log."""
+        return self.mem.log
+
+    def check_alive(self) -> None:
+        """Raises: KernelPanic if the host is dead."""
+        if self.mem.panic is not None:
+            raise self.mem.panic
+
+    def process(
+        self, comm: str = "task", *, memcg: MemCgroup | None = None, cpu: int = 0
+    ) -> Process:
+        """A new process with an empty address space."""
+        self.check_alive()
+        if not 0 <= cpu < len(self.mem.lru_batches):
+            raise ValueError(f"cpu={cpu}: allowed 0..{len(self.mem.lru_batches) - 1}")
+        pid = self.mem.next_pid()
+        return Process(
+            self.mem, self.khugepaged_settings, comm, pid, memcg or self.mem.memcgs[0], cpu
+        )
+
+    def memcg(self, limit: str | int) -> MemCgroup:
+        """A memory cgroup that may use `limit` bytes."""
+        group = MemCgroup(len(self.mem.memcgs), parse_size("limit", limit) >> PAGE_SHIFT)
+        self.mem.memcgs.append(group)
+        return group
+
+    @steps
+    def collapse(
+        self, process: Process, addr: int, *, is_khugepaged: bool = True
+    ) -> Steps[ScanResult]:
+        """Scan one block as khugepaged would when it comes there, and collapse it if it is worth it.
+
+        Args:
+            addr: 2 MiB aligned.
+            is_khugepaged: heed the daemon's limits and `enabled`; False scans as MADV_COLLAPSE does.
+        """
+        if addr % HPAGE_PMD_SIZE:
+            raise ValueError(f"addr={addr:#x}: allowed multiples of {HPAGE_PMD_SIZE:#x}")
+        cc = CollapseControl(is_khugepaged=is_khugepaged, settings=self.khugepaged_settings)
+        return khugepaged_scan_block(self.mem, process.mm, addr, cc)
+
+    def spawn(self, generator: Steps[Any], comm: str = "thread", *, cpu: int = 0) -> Task[Any]:
+        """A task that will run `generator` (from a call's `.steps`), step by step."""
+        self.check_alive()
+        task: Task[Any] = Task(self.mem.sched, comm, self.mem.next_pid(), cpu)
+        task.start(generator)
+        return task
+
+    def lru_add_drain_all(self) -> None:
+        """Drain the LRU batches of all CPUs, as both contexts of a collapse do first."""
+        self.check_alive()
+        lru_add_drain_all(self.mem)
+
+    def vmstat(self) -> dict[str, int]:
+        """/proc/vmstat, as far as the model has its counters."""
+        return vmstat(self.mem)
+
+    @contextmanager
+    def ledger(self) -> Iterator[Ledger]:
+        """Record every change of a counter meanwhile."""
+        outer, self.mem.vmstat.ledger = self.mem.vmstat.ledger, Ledger()
+        try:
+            yield self.mem.vmstat.ledger
+        finally:
+            self.mem.vmstat.ledger = outer
+
+    def audit(self) -> None:
+        """Recount everything from first principles.
+
+        Raises: KernelBug with a line for every number that is not what it must be.
+        """
+        audit.audit(self.mem)
+
+
+def _node_sizes(memory: str | int, nodes: int | Sequence[str | int]) -> list[int]:
+    if isinstance(nodes, int):
+        if nodes < 1:
+            raise ValueError(f"nodes={nodes}: allowed 1 and more")
+        total = parse_size("memory", memory)
+        sizes = [total // nodes] * nodes
+    else:
+        sizes = [parse_size("nodes", size) for size in nodes]
+    for size in sizes:
+        if size < HPAGE_PMD_SIZE or size % HPAGE_PMD_SIZE:
+            raise ValueError(
+                f"memory={memory!r}: allowed multiples of {HPAGE_PMD_SIZE} bytes for each node"
+            )
+    return sizes
+
+
+def _distances(nr: int, given: Sequence[Sequence[int]] | None) -> list[list[int]]:
+    if given is None:
+        return [
+            [LOCAL_DISTANCE if a == b else REMOTE_DISTANCE for b in range(nr)] for a in range(nr)
+        ]
+    if len(given) != nr or any(len(row) != nr for row in given):
+        raise ValueError(f"distances={given!r}: allowed {nr} rows of {nr}")
+    return [list(row) for row in given]

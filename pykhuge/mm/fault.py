@@ -1,0 +1,504 @@
+"""Page faults of anonymous memory (mm/memory.c).
+
+`handle_mm_fault` brings in a range, block by block, as a task that touches it from low to high
+would; neighbouring pages of one kind are brought in together. A fault that the kernel would answer
+with a signal raises `BusError` or `SegmentationFault` in the task, and the host lives on.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import numpy as np
+
+from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
+from pykhuge.kernel.locking import READ
+from pykhuge.kernel.sched import Acquire, Release, Steps, WouldBlock
+from pykhuge.mm.copy_mc import copy_mc_page
+from pykhuge.mm.huge_memory import (
+    OutOfMemory,
+    alloc_page_table,
+    get_huge_zero_page,
+    hugepage_vma_check,
+    pgtable_trans_huge_deposit,
+    split_huge_pmd,
+    transhuge_vma_suitable,
+)
+from pykhuge.mm.mm_types import (
+    VM_EXEC,
+    VM_LOCKED,
+    VM_READ,
+    VM_UFFD_MISSING,
+    VM_WRITE,
+    Mm,
+    Vma,
+)
+from pykhuge.mm.mmzone import Memory
+from pykhuge.mm.page import (
+    PG_anon_exclusive,
+    PG_locked,
+    PG_lru,
+    PG_mlocked,
+    PG_swapcache,
+    PG_uptodate,
+    PG_zone_device,
+)
+from pykhuge.mm.page_alloc import alloc_huge_page, alloc_pages, charge
+from pykhuge.mm.page_table import (
+    PAGE_ACCESSED,
+    PAGE_DIRTY,
+    PAGE_PRESENT,
+    PAGE_PSE,
+    PAGE_RW,
+    PAGE_SPECIAL,
+    PAGE_SWP_EXCLUSIVE,
+    PAGE_SWP_UFFD_WP,
+    PAGE_UFFD_WP,
+    PAGE_USER,
+    PUD_SHIFT,
+    SWP_HWPOISON,
+    SWP_PTE_MARKER,
+    TABLE,
+    Ptes,
+    is_swap_pte,
+    pfn_ptes,
+    pmd_trans_huge,
+    pte_index,
+    pte_pfn,
+    swp_offset,
+    swp_type,
+)
+from pykhuge.mm.rmap import (
+    anon_vma_prepare,
+    mlock_page,
+    page_add_anon_rmap,
+    page_add_new_anon_rmap,
+    page_add_new_huge_anon_rmap,
+    page_move_anon_rmap,
+    page_remove_rmap,
+    pmd_of,
+    set_pmd,
+)
+from pykhuge.mm.swap import lru_add_drain, lru_cache_add, put_pages
+from pykhuge.mm.swap_state import (
+    delete_from_swap_cache,
+    folio_swapped,
+    free_swap_cache,
+    swap_free,
+    swap_readpage,
+)
+from pykhuge.mm.vmstat import (
+    MM_ANONPAGES,
+    MM_SWAPENTS,
+    PGFAULT,
+    THP_FAULT_ALLOC,
+    THP_FAULT_FALLBACK,
+    THP_FAULT_FALLBACK_CHARGE,
+)
+
+__all__ = [
+    "BUS_ADRERR",
+    "BUS_MCEERR_AR",
+    "BusError",
+    "SegmentationFault",
+    "SwapFault",
+    "UserFault",
+    "do_swap_page",
+    "find_vma",
+    "handle_mm_fault",
+    "vm_page_prot",
+]
+
+BUS_ADRERR = 2
+BUS_MCEERR_AR = 4
+
+
+class BusError(Exception):
+    """SIGBUS to a task: si_addr `address`, si_code `code`, si_addr_lsb `lsb` (0 if it has none)."""
+
+    def __init__(self, address: int, code: int, lsb: int = 0) -> None:
+        self.address = address
+        self.code = code
+        self.lsb = lsb
+        name = {BUS_ADRERR: "BUS_ADRERR", BUS_MCEERR_AR: "BUS_MCEERR_AR"}[code]
+        super().__init__(f"SIGBUS {name} at {address:#x}, lsb {lsb}")
+
+
+class SegmentationFault(Exception):
+    """SIGSEGV to a task that touched `address` with no right to."""
+
+    def __init__(self, address: int, access: str) -> None:
+        self.address = address
+        super().__init__(f"SIGSEGV at {address:#x}: no VMA there allows to {access}")
+
+
+class UserFault(WouldBlock):
+    """The task sleeps in handle_userfault() until its userfaultfd resolves the fault at `address`."""
+
+    def __init__(self, address: int, kind: str) -> None:
+        self.address = address
+        self.kind = kind
+        super().__init__(f"fault at {address:#x} waits for userfaultfd ({kind})")
+
+
+class SwapFault(enum.Enum):
+    """What do_swap_page answers: VM_FAULT_* as far as its callers tell them apart."""
+
+    DONE = "done"
+    RETRY = "the page is locked"
+    SIGBUS = "the device could not read it"
+    HWPOISON = "the entry is poisoned"
+
+
+def find_vma(mm: Mm, addr: int) -> Vma | None:
+    """The first VMA that ends above `addr` (it may begin above it too)."""
+    for vma in mm.vmas:
+        if vma.vm_end > addr:
+            return vma
+    return None
+
+
+def vm_page_prot(vma: Vma) -> int:
+    """vm_page_prot of a private mapping: never writable, so that a write faults once."""
+    return PAGE_PRESENT | PAGE_USER | PAGE_ACCESSED
+
+
+def handle_mm_fault(mem: Memory, mm: Mm, start: int, end: int, *, write: bool) -> Steps[None]:
+    """Make [start, end) readable, or writable, for a task of `mm`.
+
+    Raises: SegmentationFault, BusError, UserFault, OutOfMemory; pages below the fault stay in.
+    Locks: takes mmap_lock for read.
+    """
+    yield Acquire(mm.mmap_lock, READ)
+    try:
+        while start < end:
+            vma = access_vma(mm, start, write=write)
+            stop = min(end, vma.vm_end, (start & -HPAGE_PMD_SIZE) + HPAGE_PMD_SIZE)
+            _fault_block(mem, vma, start, stop, write)
+            start = stop
+    except BaseException:
+        mm.mmap_lock.unlock(mem.sched.current)
+        raise
+    yield Release(mm.mmap_lock)
+
+
+def access_vma(mm: Mm, addr: int, *, write: bool) -> Vma:
+    """The VMA that lets a task touch `addr`. Raises: SegmentationFault."""
+    vma = find_vma(mm, addr)
+    if (
+        vma is None
+        or vma.vm_start > addr
+        or not vma.vm_flags & (VM_WRITE if write else VM_READ | VM_EXEC)
+    ):
+        raise SegmentationFault(addr, "write" if write else "read")
+    return vma
+
+
+def pte_table(mem: Memory, mm: Mm, addr: int) -> int:
+    """The page table of the block at `addr`, made if there is none. Raises: OutOfMemory."""
+    pmd = pmd_of(mem, mm, addr)
+    if pmd is None:
+        mm.pmd_tables[addr >> PUD_SHIFT] = alloc_page_table(mem, mm)
+    if not pmd:
+        table = alloc_page_table(mem, mm)
+        set_pmd(mem, mm, addr, (table << PAGE_SHIFT) | TABLE)
+        return table
+    return pte_pfn(pmd)
+
+
+def _fault_block(mem: Memory, vma: Vma, start: int, end: int, write: bool) -> None:
+    """Fault in [start, end), which lies in one block and one VMA. Locks: mmap_lock."""
+    pmd = pmd_of(mem, vma.mm, start)
+    if not pmd and _do_huge_pmd_anonymous_page(mem, vma, start, write):
+        return
+    if pmd and pmd_trans_huge(pmd) and _do_huge_pmd_fault(mem, vma, start, pmd, write):
+        return
+    table = pte_table(mem, vma.mm, start)
+    first = pte_index(start)
+    last = first + ((end - 1 >> PAGE_SHIFT) - (start >> PAGE_SHIFT)) + 1
+    ptes = mem.ram.words[table]
+    addr = start & -PAGE_SIZE
+    while True:
+        wanted = np.uint64(PAGE_PRESENT | PAGE_RW if write else PAGE_PRESENT)
+        missing = np.flatnonzero(ptes[first:last] & wanted != wanted)
+        if not len(missing):
+            return
+        addr += int(missing[0]) << PAGE_SHIFT
+        first += int(missing[0])
+        pte = int(ptes[first])
+        if pte == 0:
+            nr = _run_of_none(ptes[first:last])
+            _do_anonymous_pages(mem, vma, addr, ptes[first : first + nr], write)
+        elif is_swap_pte(pte):
+            nr = 1
+            _swap_fault(mem, vma, addr, ptes, first, write)
+        else:
+            nr = 1
+            _do_wp_page(mem, vma, addr, ptes, first)
+        mem.vmstat.count(PGFAULT, nr)
+
+
+def _run_of_none(ptes: Ptes) -> int:
+    some = ptes != 0
+    return int(some.argmax()) if some.any() else len(ptes)
+
+
+def _do_anonymous_pages(mem: Memory, vma: Vma, addr: int, ptes: Ptes, write: bool) -> None:
+    """Fill a run of none PTEs: zero-page entries for a read, new zeroed pages for a write.
+
+    Kernel: do_anonymous_page.
+    """
+    if vma.vm_flags & VM_UFFD_MISSING:
+        raise UserFault(addr, "missing")
+    if not write:
+        ptes[:] = (mem.zero_pfn << PAGE_SHIFT) | vm_page_prot(vma) | PAGE_SPECIAL
+        return
+    anon_vma_prepare(mem, vma)
+    pfns = new_user_pages(mem, vma, len(ptes))
+    mem.ram.pages[pfns] = 0
+    map_new_pages(mem, vma, addr, pfns, ptes)
+    if len(pfns) < len(ptes):
+        raise OutOfMemory(f"no page for {addr + (len(pfns) << PAGE_SHIFT):#x} of {vma.mm.name}")
+
+
+def new_user_pages(mem: Memory, vma: Vma, nr: int) -> np.ndarray:
+    """Up to `nr` pages, charged to the mm's cgroup."""
+    memcg = vma.mm.memcg
+    if memcg.key:
+        nr = min(nr, memcg.limit - memcg.usage)
+    pfns = alloc_pages(mem, nr, vma.mm.preferred_node)
+    charge(mem, memcg, len(pfns))
+    mem.pages.memcg[pfns] = memcg.key
+    return pfns
+
+
+def map_new_pages(
+    mem: Memory, vma: Vma, addr: int, pfns: np.ndarray, ptes: Ptes, uffd_wp: bool = False
+) -> None:
+    """Map new pages writable where the VMA is; they wait in the LRU batch."""
+    if not len(pfns):
+        return
+    prot = vm_page_prot(vma)
+    if vma.vm_flags & VM_WRITE:
+        prot |= PAGE_DIRTY | PAGE_UFFD_WP if uffd_wp else PAGE_DIRTY | PAGE_RW
+    first = vma.linear_page_index(addr)
+    page_add_new_anon_rmap(mem, pfns, vma, np.arange(first, first + len(pfns)))
+    mem.mod_mm(vma.mm, MM_ANONPAGES, len(pfns))
+    if vma.vm_flags & VM_LOCKED:
+        for pfn in pfns.tolist():
+            mlock_page(mem, pfn)
+    ptes[: len(pfns)] = pfn_ptes(pfns, prot)
+    mem.pages.refcount[pfns] += 1
+    lru_cache_add(mem, pfns)
+
+
+def _do_huge_pmd_anonymous_page(mem: Memory, vma: Vma, addr: int, write: bool) -> bool:
+    """Answer a fault in an empty block with a huge page. False: fall back to small ones."""
+    haddr = addr & -HPAGE_PMD_SIZE
+    if not hugepage_vma_check(mem, vma, in_pf=True) or not transhuge_vma_suitable(vma, addr):
+        return False
+    anon_vma_prepare(mem, vma)
+    if vma.vm_flags & VM_UFFD_MISSING:
+        raise UserFault(addr, "missing")
+    head = (
+        _huge_page_for_fault(mem, vma)
+        if write or not mem.thp.use_zero_page
+        else get_huge_zero_page(mem)
+    )
+    if head is None:
+        if not write and mem.thp.use_zero_page:
+            mem.vmstat.count(THP_FAULT_FALLBACK)
+        return False
+    mm = vma.mm
+    if pmd_of(mem, mm, haddr) is None:
+        mm.pmd_tables[haddr >> PUD_SHIFT] = alloc_page_table(mem, mm)
+    pgtable_trans_huge_deposit(mm, haddr, alloc_page_table(mem, mm))
+    if head == mem.huge_zero_pfn:
+        set_pmd(mem, mm, haddr, (head << PAGE_SHIFT) | vm_page_prot(vma) | PAGE_PSE)
+    else:
+        mem.ram.pages[head : head + HPAGE_PMD_NR] = 0
+        map_new_huge_page(mem, vma, haddr, head)
+        mem.mod_mm(mm, MM_ANONPAGES, HPAGE_PMD_NR)
+        mem.vmstat.count(THP_FAULT_ALLOC)
+    mem.vmstat.count(PGFAULT)
+    return True
+
+
+def map_new_huge_page(mem: Memory, vma: Vma, haddr: int, head: int) -> None:
+    """Map a new huge page by a PMD: exclusive, on its way to the LRU, dirty, writable if the VMA is."""
+    prot = vm_page_prot(vma) | PAGE_PSE | PAGE_DIRTY | (PAGE_RW if vma.vm_flags & VM_WRITE else 0)
+    page_add_new_huge_anon_rmap(mem, head, vma, haddr)
+    if vma.vm_flags & VM_LOCKED:
+        mlock_page(mem, head)
+    mem.pages.refcount[head] += 1
+    lru_cache_add(mem, np.array([head]))
+    set_pmd(mem, vma.mm, haddr, (head << PAGE_SHIFT) | prot)
+
+
+def _huge_page_for_fault(mem: Memory, vma: Vma) -> int | None:
+    head = alloc_huge_page(mem, vma.mm.preferred_node)
+    if head is None:
+        mem.vmstat.count(THP_FAULT_FALLBACK)
+        return None
+    if not charge(mem, vma.mm.memcg, HPAGE_PMD_NR):
+        put_pages(mem, np.array([head]))
+        mem.vmstat.count(THP_FAULT_FALLBACK)
+        mem.vmstat.count(THP_FAULT_FALLBACK_CHARGE)
+        return None
+    mem.pages.memcg[head] = vma.mm.memcg.key
+    return head
+
+
+def _do_huge_pmd_fault(mem: Memory, vma: Vma, addr: int, pmd: int, write: bool) -> bool:
+    """A fault on a huge PMD: reuse an exclusive page, else split and let the PTE path copy.
+
+    Kernel: do_huge_pmd_wp_page.
+    """
+    if not write or pmd & PAGE_RW:
+        return True
+    if pmd & PAGE_UFFD_WP:
+        raise UserFault(addr, "wp")
+    head, pages = pte_pfn(pmd), mem.pages
+    if head != mem.huge_zero_pfn and not pages.flags[head] & PG_locked:
+        if not pages.flags[head] & (PG_lru | PG_anon_exclusive):
+            lru_add_drain(mem)
+        if pages.flags[head] & PG_anon_exclusive or pages.refcount[head] == 1:
+            page_move_anon_rmap(mem, head, vma)
+            set_pmd(mem, vma.mm, addr, pmd | PAGE_RW | PAGE_DIRTY | PAGE_ACCESSED)
+            mem.vmstat.count(PGFAULT)
+            return True
+    split_huge_pmd(mem, vma, addr)
+    return False
+
+
+def _swap_fault(mem: Memory, vma: Vma, addr: int, ptes: Ptes, slot: int, write: bool) -> None:
+    outcome = do_swap_page(mem, vma, addr, ptes, slot, write=write)
+    if outcome is SwapFault.RETRY:
+        raise WouldBlock(f"fault at {addr:#x} waits for the lock of the page in its swap slot")
+    if outcome is SwapFault.SIGBUS:
+        raise BusError(addr, BUS_ADRERR)
+    if outcome is SwapFault.HWPOISON:
+        raise BusError(addr, BUS_MCEERR_AR, PAGE_SHIFT)
+
+
+def do_swap_page(
+    mem: Memory, vma: Vma, addr: int, ptes: Ptes, slot: int, *, write: bool
+) -> SwapFault:
+    """Bring in the page behind the swap-type word `ptes[slot]`.
+
+    After a read the page stays in the swap cache, unless the device is more than half full.
+    Raises: OutOfMemory. Locks: mmap_lock. Kernel: do_swap_page (mm/memory.c).
+    """
+    pte, pages = int(ptes[slot]), mem.pages
+    if swp_type(pte) == SWP_HWPOISON:
+        return SwapFault.HWPOISON
+    if swp_type(pte) == SWP_PTE_MARKER:
+        ptes[slot] = 0  # a leftover uffd-wp marker: anonymous memory needs none
+        return SwapFault.DONE
+    entry = swp_offset(pte)
+    pfn = mem.swap.cache.get(entry)
+    if pfn is None:
+        pfn = swap_readpage(mem, entry, vma.mm.memcg, vma.mm.preferred_node)
+        if pfn is None:
+            raise OutOfMemory(f"no page to swap in {addr:#x} of {vma.mm.name}")
+    else:
+        if pages.flags[pfn] & PG_locked:
+            return SwapFault.RETRY
+        pages.refcount[pfn] += 1
+    if not pages.flags[pfn] & PG_uptodate:
+        put_pages(mem, np.array([pfn]))
+        return SwapFault.SIGBUS
+    anon_vma_prepare(mem, vma)
+    if write and not pages.flags[pfn] & PG_lru:
+        lru_add_drain(mem)
+    exclusive = bool(pte & PAGE_SWP_EXCLUSIVE)
+    swap_free(mem, entry)
+    if _should_try_to_free_swap(mem, vma, pfn, write) and not folio_swapped(mem, pfn):
+        delete_from_swap_cache(mem, pfn)
+    mem.mod_mm(vma.mm, MM_ANONPAGES, +1)
+    mem.mod_mm(vma.mm, MM_SWAPENTS, -1)
+    exclusive = exclusive or pages.refcount[pfn] == 1
+    prot = vm_page_prot(vma)
+    if exclusive and write and not pte & PAGE_SWP_UFFD_WP:
+        prot |= PAGE_DIRTY | PAGE_RW
+    if pte & PAGE_SWP_UFFD_WP:
+        prot |= PAGE_UFFD_WP
+    page_add_anon_rmap(mem, pfn, vma, addr, exclusive=exclusive)
+    ptes[slot] = (pfn << PAGE_SHIFT) | prot
+    return SwapFault.DONE
+
+
+def _should_try_to_free_swap(mem: Memory, vma: Vma, pfn: int, write: bool) -> bool:
+    flags = mem.pages.flags[pfn]
+    if not flags & PG_swapcache:
+        return False
+    if mem.swap.vm_swap_full() or vma.vm_flags & VM_LOCKED or flags & PG_mlocked:
+        return True
+    # The caller's reference and the swap cache's: nobody else could want the slot again.
+    return write and bool(mem.pages.refcount[pfn] == 2)
+
+
+def _do_wp_page(mem: Memory, vma: Vma, addr: int, ptes: Ptes, slot: int) -> None:
+    """A write to a read-only PTE: reuse the page if it is this mm's alone, else copy it.
+
+    Raises: UserFault, OutOfMemory, BusError if the page to copy is poisoned.
+    Kernel: do_wp_page, wp_page_copy.
+    """
+    pte, _pages = int(ptes[slot]), mem.pages
+    if pte & PAGE_UFFD_WP:
+        raise UserFault(addr, "wp")
+    pfn = pte_pfn(pte)
+    if pfn != mem.zero_pfn and _wp_can_reuse(mem, vma, pfn):
+        ptes[slot] = pte | PAGE_RW | PAGE_DIRTY | PAGE_ACCESSED
+        return
+    if pfn == mem.zero_pfn and vma.vm_flags & VM_UFFD_MISSING and pte == 0:
+        raise UserFault(addr, "missing")
+    anon_vma_prepare(mem, vma)
+    new = new_user_pages(mem, vma, 1)
+    if not len(new):
+        raise OutOfMemory(f"no page to copy {addr:#x} of {vma.mm.name} to")
+    if pfn == mem.zero_pfn:
+        mem.ram.pages[new] = 0
+    else:
+        _copy_mc_user_page(mem, vma, addr, pfn, int(new[0]))
+        old = np.array([pfn])
+        page_remove_rmap(mem, old, vma)
+        mem.mod_mm(vma.mm, MM_ANONPAGES, -1)
+    map_new_pages(mem, vma, addr, new, ptes[slot : slot + 1])
+    if pfn != mem.zero_pfn:
+        free_swap_cache(mem, old)
+        put_pages(mem, old)
+
+
+def _wp_can_reuse(mem: Memory, vma: Vma, pfn: int) -> bool:
+    pages = mem.pages
+    flags = int(pages.flags[pfn])
+    if flags & PG_anon_exclusive:
+        return True
+    head = pages.head_of(pfn)
+    if pages.is_compound(pfn) or flags & PG_zone_device:
+        if pages.is_compound(pfn) and pages.refcount[head] > 1:
+            return False
+    elif pages.refcount[pfn] > 3:
+        return False
+    if not pages.flags[head] & PG_lru:
+        lru_add_drain(mem)
+    if pages.refcount[head] > 1 + bool(flags & PG_swapcache) or flags & PG_locked:
+        return False
+    if flags & PG_swapcache:
+        if folio_swapped(mem, pfn):
+            return False
+        delete_from_swap_cache(mem, pfn)
+    page_move_anon_rmap(mem, pfn, vma)
+    return True
+
+
+def _copy_mc_user_page(mem: Memory, vma: Vma, addr: int, pfn: int, new: int) -> None:
+    """Copy one page for copy-on-write; poison kills the task, not the host (since 6.2).
+
+    Kernel: __wp_page_copy_user.
+    """
+    if copy_mc_page(mem, new, pfn, consumer="__wp_page_copy_user") is None:
+        return
+    put_pages(mem, np.array([new]))
+    raise BusError(addr, BUS_MCEERR_AR, PAGE_SHIFT)

@@ -1,0 +1,95 @@
+"""References that somebody outside the page tables takes on user pages (mm/gup.c)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pykhuge.hw.memory import PAGE_SIZE
+from pykhuge.kernel.sched import Steps
+from pykhuge.mm.fault import handle_mm_fault
+from pykhuge.mm.mm_types import MMF_HAS_PINNED, Mm
+from pykhuge.mm.mmzone import Memory
+from pykhuge.mm.page import GUP_PIN_COUNTING_BIAS, Pfns, PG_head
+from pykhuge.mm.page_table import PAGE_PRESENT, PAGE_RW, pmd_trans_huge, pte_index, pte_pfn
+from pykhuge.mm.rmap import pmd_of
+from pykhuge.mm.swap import put_pages
+
+__all__ = ["UserPages", "follow_page", "get_user_pages"]
+
+
+class UserPages:
+    """Pages held for a device or a pipe: by FOLL_PIN (`pinned`) or FOLL_GET. Release them once.
+
+    pfns: int64[n], in the order of the range.
+    """
+
+    def __init__(self, mem: Memory, pfns: Pfns, *, pinned: bool) -> None:
+        self._mem = mem
+        self.pfns = pfns
+        self.pinned = pinned
+        self.released = False
+        mem.user_pages.append(self)
+
+    def release(self) -> None:
+        """unpin_user_pages(), or put_page() of each. Raises: ValueError the second time."""
+        if self.released:
+            raise ValueError("these pages are released already")
+        self.released = True
+        self._mem.user_pages.remove(self)
+        if self.pinned:
+            _unpin(self._mem, self.pfns)
+        put_pages(self._mem, self.pfns)
+
+
+def _grab(mem: Memory, pfn: int, *, pinned: bool) -> None:
+    """try_grab_page(): a compound page counts its pins apart, others in the refcount's upper part."""
+    head = mem.pages.head_of(pfn)
+    compound = mem.pages.flags[head] & PG_head
+    mem.pages.refcount[head] += GUP_PIN_COUNTING_BIAS if pinned and not compound else 1
+    if pinned and compound:
+        mem.pages.pincount[head] += 1
+
+
+def _unpin(mem: Memory, pfns: Pfns) -> None:
+    """Undo `_grab` but for one reference each, which the caller puts."""
+    for pfn in pfns.tolist():
+        head = mem.pages.head_of(pfn)
+        if mem.pages.flags[head] & PG_head:
+            mem.pages.pincount[head] -= 1
+        else:
+            mem.pages.refcount[head] -= GUP_PIN_COUNTING_BIAS - 1
+
+
+def follow_page(mem: Memory, mm: Mm, addr: int, *, write: bool = False) -> int | None:
+    """The frame that `addr` maps to; None if a read, or a write, would fault."""
+    pmd = pmd_of(mem, mm, addr)
+    if not pmd:
+        return None
+    wanted = PAGE_PRESENT | PAGE_RW if write else PAGE_PRESENT
+    if pmd_trans_huge(pmd):
+        return pte_pfn(pmd) + pte_index(addr) if pmd & wanted == wanted else None
+    pte = int(mem.ram.words[pte_pfn(pmd), pte_index(addr)])
+    return pte_pfn(pte) if pte & wanted == wanted else None
+
+
+def get_user_pages(
+    mem: Memory, mm: Mm, addr: int, length: int, *, pinned: bool
+) -> Steps[UserPages]:
+    """Fault [addr, addr + length) in and hold its pages: for writing when pinned, else for reading.
+
+    Raises: what a fault raises; nothing is held then.
+    """
+    start, end = addr & -PAGE_SIZE, addr + length
+    pfns: list[int] = []
+    while any(
+        follow_page(mem, mm, page, write=pinned) is None for page in range(start, end, PAGE_SIZE)
+    ):
+        yield from handle_mm_fault(mem, mm, start, end, write=pinned)
+    for page in range(start, end, PAGE_SIZE):
+        pfn = follow_page(mem, mm, page, write=pinned)
+        assert pfn is not None
+        _grab(mem, pfn, pinned=pinned)
+        pfns.append(pfn)
+    if pinned:
+        mm.flags |= MMF_HAS_PINNED
+    return UserPages(mem, np.array(pfns, np.int64), pinned=pinned)

@@ -1,0 +1,213 @@
+"""Transparent huge pages: eligibility, the deposit of page tables, splitting (mm/huge_memory.c)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SIZE
+from pykhuge.mm.mm_types import (
+    MMF_DISABLE_THP,
+    VM_HUGEPAGE,
+    VM_HUGETLB,
+    VM_NOHUGEPAGE,
+    VM_SPECIAL,
+    Mm,
+    Vma,
+)
+from pykhuge.mm.mmzone import Memory
+from pykhuge.mm.page import (
+    Pfns,
+    PG_anon_exclusive,
+    PG_head,
+    PG_locked,
+    PG_mlocked,
+    PG_table,
+    PG_tail,
+    PG_unevictable,
+)
+from pykhuge.mm.page_alloc import alloc_huge_page, alloc_pages
+from pykhuge.mm.page_table import (
+    PAGE_ACCESSED,
+    PAGE_DIRTY,
+    PAGE_PRESENT,
+    PAGE_RW,
+    PAGE_SPECIAL,
+    PAGE_UFFD_WP,
+    PAGE_USER,
+    PUD_SHIFT,
+    TABLE,
+    pfn_ptes,
+    pte_pfn,
+)
+from pykhuge.mm.rmap import page_mappings, page_remove_huge_rmap, pmd_of, set_pmd
+from pykhuge.mm.swap import put_pages
+from pykhuge.mm.vmstat import (
+    NR_PAGETABLE,
+    THP_SPLIT_PAGE,
+    THP_SPLIT_PAGE_FAILED,
+    THP_SPLIT_PMD,
+    THP_ZERO_PAGE_ALLOC,
+    THP_ZERO_PAGE_ALLOC_FAILED,
+)
+
+__all__ = [
+    "OutOfMemory",
+    "alloc_page_table",
+    "free_page_table",
+    "get_huge_zero_page",
+    "hugepage_vma_check",
+    "pgtable_trans_huge_deposit",
+    "pgtable_trans_huge_withdraw",
+    "split_huge_page",
+    "split_huge_pmd",
+    "transhuge_vma_suitable",
+]
+
+
+class OutOfMemory(MemoryError):
+    """The modelled machine, or the cgroup, has no page left; there is no reclaim to make one."""
+
+
+def transhuge_vma_suitable(vma: Vma, addr: int) -> bool:
+    """Whether the 2 MiB block that holds `addr` lies inside `vma`."""
+    haddr = addr & -HPAGE_PMD_SIZE
+    return vma.vm_start <= haddr and haddr + HPAGE_PMD_SIZE <= vma.vm_end
+
+
+def hugepage_vma_check(
+    mem: Memory, vma: Vma, *, in_pf: bool = False, enforce_sysfs: bool = True
+) -> bool:
+    """Whether `vma` may hold huge pages at all.
+
+    Args:
+        in_pf: asked by a page fault, which looks at its own block and needs no anon_vma yet.
+        enforce_sysfs: heed `enabled`; MADV_COLLAPSE does not.
+    Kernel: hugepage_vma_check (mm/huge_memory.c).
+    """
+    if vma.vm_flags & VM_NOHUGEPAGE or vma.mm.flags & MMF_DISABLE_THP:
+        return False
+    if vma.vm_flags & (VM_SPECIAL | VM_HUGETLB):
+        return False
+    if not in_pf and not transhuge_vma_suitable(vma, vma.vm_end - HPAGE_PMD_SIZE):
+        return False
+    if enforce_sysfs and not _enabled_for(mem, vma):
+        return False
+    return in_pf or vma.anon_vma is not None
+
+
+def _enabled_for(mem: Memory, vma: Vma) -> bool:
+    if mem.thp.enabled == "madvise":
+        return bool(vma.vm_flags & VM_HUGEPAGE)
+    return mem.thp.enabled == "always"
+
+
+def alloc_page_table(mem: Memory, mm: Mm) -> int:
+    """A zeroed page for a page table of `mm`, counted. Raises: OutOfMemory."""
+    found = alloc_pages(mem, 1)
+    if not len(found):
+        raise OutOfMemory(f"no page for a page table of {mm.name}")
+    pfn = int(found[0])
+    mem.ram.words[pfn] = 0
+    mem.pages.flags[pfn] = PG_table
+    mem.mod_page(NR_PAGETABLE, pfn, +1)
+    mm.pgtables_bytes += PAGE_SIZE
+    mem.vmstat.post(mm.name, "pgtables_bytes", PAGE_SIZE)
+    return pfn
+
+
+def free_page_table(mem: Memory, mm: Mm, pfn: int) -> None:
+    """Give a page table back."""
+    mem.mod_page(NR_PAGETABLE, pfn, -1)
+    mm.pgtables_bytes -= PAGE_SIZE
+    mem.vmstat.post(mm.name, "pgtables_bytes", -PAGE_SIZE)
+    put_pages(mem, np.array([pfn]))
+
+
+def pgtable_trans_huge_deposit(mm: Mm, addr: int, table: int) -> None:
+    """Keep a page table for the day the huge PMD at `addr` is split."""
+    mm.deposits.setdefault(addr >> PUD_SHIFT, []).append(table)
+
+
+def pgtable_trans_huge_withdraw(mm: Mm, addr: int) -> int:
+    """Take one deposited page table back: the oldest."""
+    return mm.deposits[addr >> PUD_SHIFT].pop(0)
+
+
+def get_huge_zero_page(mem: Memory) -> int | None:
+    """The huge zero page, allocated at first use and kept; None if there is no free block."""
+    if mem.huge_zero_pfn is None:
+        head = alloc_huge_page(mem)
+        if head is None:
+            mem.vmstat.count(THP_ZERO_PAGE_ALLOC_FAILED)
+            return None
+        mem.ram.pages[head : head + HPAGE_PMD_NR] = 0
+        mem.huge_zero_pfn = head
+        mem.vmstat.count(THP_ZERO_PAGE_ALLOC)
+    return mem.huge_zero_pfn
+
+
+def split_huge_pmd(mem: Memory, vma: Vma, addr: int) -> None:
+    """Map the block at `addr` by 512 PTEs instead of one huge PMD; the page stays compound.
+
+    Kernel: __split_huge_pmd_locked.
+    """
+    mm, haddr = vma.mm, addr & -HPAGE_PMD_SIZE
+    pmd = pmd_of(mem, mm, haddr)
+    assert pmd is not None
+    table = pgtable_trans_huge_withdraw(mm, haddr)
+    head = pte_pfn(pmd)
+    mem.vmstat.count(THP_SPLIT_PMD)
+    if head == mem.huge_zero_pfn:
+        prot = PAGE_PRESENT | PAGE_USER | PAGE_ACCESSED | PAGE_SPECIAL | pmd & PAGE_UFFD_WP
+        mem.ram.words[table] = (mem.zero_pfn << 12) | prot
+    else:
+        _split_pmd_of_page(mem, vma, head, table, pmd)
+    set_pmd(mem, mm, haddr, (table << 12) | TABLE)
+
+
+def _split_pmd_of_page(mem: Memory, vma: Vma, head: int, table: int, pmd: int) -> None:
+    pages = mem.pages
+    subpages = np.arange(head, head + HPAGE_PMD_NR)
+    prot = pmd & (PAGE_PRESENT | PAGE_USER | PAGE_RW | PAGE_ACCESSED | PAGE_DIRTY | PAGE_UFFD_WP)
+    mem.ram.words[table] = pfn_ptes(subpages, prot)
+    if pages.flags[head] & PG_anon_exclusive:
+        pages.flags[subpages] |= np.uint32(PG_anon_exclusive)
+    pages.refcount[head] += HPAGE_PMD_NR - 1
+    pages.mapcount[subpages] += 1
+    # Last, so that no subpage looks unmapped in between: NR_ANON_MAPPED does not move.
+    page_remove_huge_rmap(mem, head, vma)
+
+
+def split_huge_page(mem: Memory, head: int) -> bool:
+    """Make 512 base pages of one compound page. Refused while anything but mappings refers to it.
+
+    Kernel: split_huge_page_to_list. Returns: whether it was split.
+    """
+    pages = mem.pages
+    if pages.flags[head] & PG_locked or pages.refcount[head] != pages.total_mapcount(head):
+        mem.vmstat.count(THP_SPLIT_PAGE_FAILED)
+        return False
+    for mapping in list(page_mappings(mem, head)):
+        if mapping.table < 0:
+            split_huge_pmd(mem, mapping.vma, mapping.addr)
+    mem.vmstat.count(THP_SPLIT_PAGE)
+    subpages = np.arange(head, head + HPAGE_PMD_NR)
+    kept = np.uint32(
+        ~(PG_head | PG_tail | PG_mlocked | PG_unevictable | PG_anon_exclusive) & 0xFFFFFFFF
+    )
+    own = np.uint32(PG_anon_exclusive)
+    pages.flags[subpages] = pages.flags[head] & kept | pages.flags[subpages] & own
+    pages.refcount[subpages] = pages.mapcount[subpages]
+    pages.mapping[subpages] = pages.mapping[head]
+    pages.index[subpages] = pages.index[head] + np.arange(HPAGE_PMD_NR)
+    pages.memcg[subpages] = pages.memcg[head]
+    pages.lru_seq[subpages] = pages.lru_seq[head]
+    _free_unmapped(mem, subpages)
+    return True
+
+
+def _free_unmapped(mem: Memory, subpages: Pfns) -> None:
+    """Subpages that nothing maps any more go free; a reference is taken so that it can be put."""
+    unmapped = subpages[mem.pages.refcount[subpages] == 0]
+    mem.pages.refcount[unmapped] = 1
+    put_pages(mem, unmapped)

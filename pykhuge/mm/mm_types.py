@@ -1,0 +1,149 @@
+"""What memory management is about: Mm, Vma, AnonVma, MemCgroup. Fields, no behaviour."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from pykhuge.hw.memory import PAGE_SHIFT
+from pykhuge.kernel.locking import Rank, RwSem, Spinlock
+
+__all__ = ["AnonVma", "MemCgroup", "Mm", "MmFlag", "Userfaultfd", "VmFlag", "Vma"]
+
+
+class VmFlag(enum.IntFlag):
+    """vm_flags, with the kernel's bits."""
+
+    VM_READ = 0x1
+    VM_WRITE = 0x2
+    VM_EXEC = 0x4
+    VM_SHARED = 0x8
+    VM_UFFD_MISSING = 0x200
+    VM_PFNMAP = 0x400
+    VM_UFFD_WP = 0x1000
+    VM_LOCKED = 0x2000
+    VM_IO = 0x4000
+    VM_DONTCOPY = 0x20000
+    VM_DONTEXPAND = 0x40000
+    VM_WIPEONFORK = 0x2000000
+    VM_MIXEDMAP = 0x10000000
+    VM_HUGEPAGE = 0x20000000
+    VM_NOHUGEPAGE = 0x40000000
+
+
+# As plain ints: `&` on an IntFlag costs a microsecond, and faults test these for every page.
+VM_READ, VM_WRITE, VM_EXEC, VM_SHARED = 0x1, 0x2, 0x4, 0x8
+VM_UFFD_MISSING, VM_UFFD_WP = 0x200, 0x1000
+VM_LOCKED = 0x2000
+VM_DONTCOPY, VM_WIPEONFORK = 0x20000, 0x2000000
+VM_HUGEPAGE, VM_NOHUGEPAGE = 0x20000000, 0x40000000
+VM_HUGETLB = 0x400000
+VM_SPECIAL = (
+    VmFlag.VM_IO.value
+    | VmFlag.VM_DONTEXPAND.value
+    | VmFlag.VM_PFNMAP.value
+    | VmFlag.VM_MIXEDMAP.value
+)
+VM_UFFD_FLAGS = VM_UFFD_MISSING | VM_UFFD_WP
+
+
+class MmFlag(enum.IntFlag):
+    """mm->flags, as far as the model reads them."""
+
+    MMF_VM_HUGEPAGE = 1 << 17
+    MMF_DISABLE_THP = 1 << 24
+    MMF_HAS_PINNED = 1 << 27
+
+
+MMF_DISABLE_THP = MmFlag.MMF_DISABLE_THP.value
+MMF_HAS_PINNED = MmFlag.MMF_HAS_PINNED.value
+
+
+@dataclass(eq=False)
+class MemCgroup:
+    """A memory cgroup. `usage` and `limit` in pages; key 0 is the root, which charges nobody."""
+
+    key: int
+    limit: int
+    usage: int = 0
+
+
+@dataclass(eq=False)
+class AnonVma:
+    """struct anon_vma: which VMAs may map the anonymous pages that name it in page->mapping.
+
+    `vmas` is the interval tree. All anon_vmas of one family share the root's lock.
+    """
+
+    key: int
+    root: AnonVma | None = None
+    vmas: list[Vma] = field(default_factory=list)
+    rwsem: RwSem = field(default_factory=lambda: RwSem("anon_vma", Rank.ANON_VMA))
+
+    @property
+    def lock(self) -> RwSem:
+        return (self.root or self).rwsem
+
+
+@dataclass(eq=False)
+class Userfaultfd:
+    """A userfaultfd context; which VMAs it watches stands in their vm_flags."""
+
+    key: int
+
+
+@dataclass(eq=False)
+class Vma:
+    """struct vm_area_struct, [vm_start, vm_end) of one mm. Lock: mmap_lock of the mm."""
+
+    mm: Mm
+    vm_start: int
+    vm_end: int
+    vm_flags: int
+    vm_pgoff: int
+    anon_vma: AnonVma | None = None
+    # Every anon_vma whose pages may lie here: the family's, the own one last.
+    anon_vma_chain: list[AnonVma] = field(default_factory=list)
+    userfaultfd_ctx: Userfaultfd | None = None
+
+    def linear_page_index(self, addr: int) -> int:
+        return self.vm_pgoff + ((addr - self.vm_start) >> PAGE_SHIFT)
+
+    def address_of(self, index: int) -> int:
+        """Where page `index` of the mapping lies here, if it does (vma_address)."""
+        return self.vm_start + ((index - self.vm_pgoff) << PAGE_SHIFT)
+
+    def userfaultfd_armed(self) -> bool:
+        return bool(self.vm_flags & VM_UFFD_FLAGS)
+
+    def __str__(self) -> str:
+        return f"{self.vm_start:012x}-{self.vm_end:012x}"
+
+
+@dataclass(eq=False)
+class Mm:
+    """struct mm_struct.
+
+    vmas: sorted by address, not overlapping. Lock: mmap_lock.
+    pmd_tables: page frame of the PMD table of each GiB that has one. Lock: mmap_lock.
+    detached: PMD words that a collapse in progress has taken out, by address. Lock: mmap_lock.
+    deposits: page tables kept for the huge PMDs of each GiB, oldest first. Lock: page_table_lock.
+    rss_stat: MM_FILEPAGES, MM_ANONPAGES, MM_SWAPENTS, MM_SHMEMPAGES.
+    mm_users: 0 once the process is exiting.
+    """
+
+    name: str
+    hashed_ptr: int
+    memcg: MemCgroup
+    mm_users: int = 1
+    flags: int = 0
+    mmap_lock: RwSem = field(default_factory=lambda: RwSem("mmap_lock", Rank.MMAP_LOCK))
+    page_table_lock: Spinlock = field(default_factory=lambda: Spinlock("page_table_lock"))
+    vmas: list[Vma] = field(default_factory=list)
+    pmd_tables: dict[int, int] = field(default_factory=dict)
+    detached: dict[int, int] = field(default_factory=dict)
+    deposits: dict[int, list[int]] = field(default_factory=dict)
+    rss_stat: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
+    pgtables_bytes: int = 0
+    preferred_node: int = 0
+    mmap_base: int = 0x7F00_0000_0000

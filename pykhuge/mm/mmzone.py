@@ -1,0 +1,215 @@
+"""Memory: all that memory management works on, passed to every function of it.
+
+It holds state and the few one-line ways to reach it; behaviour lives in the files above. A `Node`
+is a NUMA node's range of page frames (struct pglist_data).
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pykhuge.hw.memory import HPAGE_PMD_NR, PhysicalMemory, lazy_zeros
+from pykhuge.hw.poison import Poison
+from pykhuge.kernel.clock import Clock
+from pykhuge.kernel.panic import KernelPanic
+from pykhuge.kernel.sched import Sched
+from pykhuge.kernel.trace import Trace, TraceEvent
+from pykhuge.mm.mm_types import AnonVma, MemCgroup, Mm
+from pykhuge.mm.page import Pages, Pfns, PG_reserved, PG_uptodate, PG_zone_device
+from pykhuge.mm.vmstat import NR_FREE_PAGES, VmStat
+
+__all__ = ["LOCAL_DISTANCE", "REMOTE_DISTANCE", "Memory", "Node", "SwapDevice", "ThpSettings"]
+
+LOCAL_DISTANCE = 10
+REMOTE_DISTANCE = 20
+# node_reclaim_distance: farther nodes are not worth allocating from (RECLAIM_DISTANCE).
+NODE_RECLAIM_DISTANCE = 30
+
+
+class Node:
+    """A NUMA node: frames [start_pfn, end_pfn).
+
+    used: int16 by 2 MiB block, frames of it that are not free.
+    high: blocks from this one on have never been used; searches end there.
+    """
+
+    def __init__(self, nid: int, start_pfn: int, end_pfn: int) -> None:
+        self.nid = nid
+        self.start_pfn = start_pfn
+        self.end_pfn = end_pfn
+        self.nr_blocks = (end_pfn - start_pfn) // HPAGE_PMD_NR
+        self.used: npt.NDArray[np.int16] = lazy_zeros(self.nr_blocks, np.int16)  # type: ignore[assignment]
+        self.high = 0
+
+
+@dataclass
+class SwapDevice:
+    """One swap file.
+
+    swap_map: references to each slot, from PTEs and, one more, from the swap cache.
+    contents: the page in each slot that has been written.
+    cache: page frame of each slot that is in the swap cache.
+    bad: slots whose reads fail.
+    """
+
+    nr_slots: int
+    swap_map: dict[int, int] = field(default_factory=dict)
+    contents: dict[int, bytes] = field(default_factory=dict)
+    cache: dict[int, int] = field(default_factory=dict)
+    bad: set[int] = field(default_factory=set)
+    free: list[int] = field(default_factory=list)
+    next_slot: int = 1  # slot 0 holds the header
+
+    def vm_swap_full(self) -> bool:
+        """More than half of the slots are in use: cached copies are given up early."""
+        return len(self.swap_map) * 2 > self.nr_slots
+
+
+@dataclass
+class ThpSettings:
+    """/sys/kernel/mm/transparent_hugepage: what every fault asks."""
+
+    enabled: str = "madvise"
+    defrag: str = "madvise"
+    use_zero_page: bool = True
+
+    ENABLED = ("always", "madvise", "never")
+    DEFRAG = ("always", "defer", "defer+madvise", "madvise", "never")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        allowed = {"enabled": self.ENABLED, "defrag": self.DEFRAG, "use_zero_page": (False, True)}
+        if name not in allowed:
+            raise AttributeError(f"{name}: allowed {', '.join(allowed)}")
+        if value not in allowed[name]:
+            raise ValueError(f"{name}={value!r}: allowed {', '.join(map(str, allowed[name]))}")
+        object.__setattr__(self, name, value)
+
+
+class HeldPages(Protocol):
+    """References taken from outside the page tables (mm/gup); the audit counts them."""
+
+    pfns: Pfns
+    pinned: bool
+
+
+class Memory:
+    """All memory of one host.
+
+    Frame 0 is the zero page. `mappings` finds the AnonVma behind a key in page->mapping.
+    """
+
+    def __init__(
+        self,
+        nr_pages_by_node: list[int],
+        *,
+        distances: list[list[int]],
+        nr_device_pages: int,
+        nr_swap_slots: int,
+        nr_cpus: int,
+        recovery: bool,
+        seed: int,
+    ) -> None:
+        nr_pages = sum(nr_pages_by_node) + nr_device_pages
+        self.recovery = recovery
+        self._last_pid = 0
+        self.panic: KernelPanic | None = None
+        self.rng = random.Random(seed)
+        self.clock = Clock()
+        self.trace = Trace(self.clock)
+        self.sched = Sched()
+        self.log: list[str] = []
+
+        self.ram = PhysicalMemory(nr_pages)
+        self.poison = Poison(nr_pages, self.clock)
+        self.pages = Pages(nr_pages)
+        self.vmstat = VmStat(len(nr_pages_by_node))
+        self.nodes: list[Node] = []
+        start = 0
+        for nid, nr in enumerate(nr_pages_by_node):
+            self.nodes.append(Node(nid, start, start + nr))
+            self.vmstat.mod_node(NR_FREE_PAGES, nr, nid)
+            start += nr
+        self.device_start = start
+        self.device_next = start
+        self.distances = distances
+        self.node_reclaim_mode = 0
+
+        self.lru_batches: list[list[int]] = [[] for _ in range(nr_cpus)]
+        self.lru_clock = 1
+        self.mappings: dict[int, AnonVma] = {}
+        self.next_mapping = 1
+        self.memcgs = [MemCgroup(0, nr_pages)]
+        self.mms: list[Mm] = []
+        self.user_pages: list[HeldPages] = []
+        self.swap = SwapDevice(nr_swap_slots)
+        self.thp = ThpSettings()
+        self.huge_zero_pfn: int | None = None
+
+        self.zero_pfn = 0
+        self.nodes[0].used[0] = self.nodes[0].high = 1
+        self.pages.refcount[0] = 1
+        self.pages.flags[0] = PG_reserved | PG_uptodate
+        self.vmstat.mod_node(NR_FREE_PAGES, -1, 0)
+
+    def nid_of(self, pfn: int) -> int:
+        """page_to_nid(). Device pages count as the last node's."""
+        for node in self.nodes:
+            if pfn < node.end_pfn:
+                return node.nid
+        return self.nodes[-1].nid
+
+    def nids_of(self, pfns: Pfns) -> npt.NDArray[np.int64]:
+        """page_to_nid() of many. Returns: int64[n]."""
+        ends = [node.end_pfn for node in self.nodes[:-1]]
+        return np.searchsorted(ends, pfns, side="right")
+
+    def mod_pages(self, item: int, pfns: Pfns, sign: int) -> None:
+        """Count each of `pfns` (int64[n]) `sign` times in NR_* `item` of its node."""
+        if len(self.nodes) == 1:
+            self.vmstat.mod_node(item, sign * len(pfns))
+            return
+        for nid, nr in enumerate(np.bincount(self.nids_of(pfns)).tolist()):
+            if nr:
+                self.vmstat.mod_node(item, sign * nr, nid)
+
+    def mod_page(self, item: int, pfn: int, delta: int) -> None:
+        """Count `delta` pages in NR_* `item` of the node of `pfn`."""
+        self.vmstat.mod_node(item, delta, self.nid_of(pfn))
+
+    def mod_mm(self, mm: Mm, item: int, delta: int) -> None:
+        """add_mm_counter()."""
+        self.vmstat.mod_mm(mm.rss_stat, item, delta, mm.name)
+
+    def emit(self, event: TraceEvent) -> None:
+        """Record a trace event in the name of the running task."""
+        task = self.sched.current
+        self.trace.emit(task.comm, task.pid, task.cpu, event)
+
+    def printk(self, line: str) -> None:
+        """Add a line to the kernel log, with its time."""
+        seconds, nsec = divmod(self.clock.tick(), 1_000_000_000)
+        self.log.append(f"[{seconds:5d}.{nsec // 1000:06d}] {line}")
+
+    def die(self, reason: str) -> KernelPanic:
+        """panic(): the host is dead from here on. Returns the exception to raise."""
+        self.panic = KernelPanic(reason)
+        self.printk(str(self.panic))
+        return self.panic
+
+    def is_device(self, pfn: int) -> bool:
+        return bool(self.pages.flags[pfn] & PG_zone_device)
+
+    def next_pid(self) -> int:
+        """A process id nobody has had yet."""
+        self._last_pid += 1
+        return self._last_pid
+
+    @property
+    def nr_pages(self) -> int:
+        """Frames of all nodes, without device memory."""
+        return self.device_start

@@ -1,0 +1,137 @@
+"""struct page: one numpy array a field, indexed by page frame number.
+
+A free page is zero in every array, so that a large machine costs nothing until it is used. Work on
+many pages is done on whole arrays; a compound page keeps its state on the head, except for
+`mapcount` and PG_anon_exclusive, which each subpage has for itself.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+from pykhuge.hw.memory import HPAGE_PMD_NR, lazy_zeros
+
+__all__ = [
+    "GUP_PIN_COUNTING_BIAS",
+    "PG_active",
+    "PG_anon",
+    "PG_anon_exclusive",
+    "PG_dirty",
+    "PG_head",
+    "PG_in_flight",
+    "PG_isolated",
+    "PG_locked",
+    "PG_lru",
+    "PG_mlocked",
+    "PG_referenced",
+    "PG_reserved",
+    "PG_swapbacked",
+    "PG_swapcache",
+    "PG_table",
+    "PG_tail",
+    "PG_unevictable",
+    "PG_uptodate",
+    "PG_young",
+    "PG_zone_device",
+    "Pages",
+    "Pfns",
+    "compound_head",
+]
+
+Pfns = npt.NDArray[np.int64]
+
+PG_locked = 1 << 0
+PG_referenced = 1 << 1
+PG_uptodate = 1 << 2
+PG_dirty = 1 << 3
+PG_lru = 1 << 4
+PG_active = 1 << 5
+PG_unevictable = 1 << 6
+PG_swapbacked = 1 << 7
+PG_swapcache = 1 << 8
+PG_mlocked = 1 << 9
+PG_reserved = 1 << 10
+PG_head = 1 << 11
+PG_tail = 1 << 12
+PG_anon_exclusive = 1 << 13
+PG_young = 1 << 14
+# Linux keeps these three elsewhere: PAGE_MAPPING_ANON in page->mapping, the page-table mark in
+# page_type, the zone in the upper bits of flags.
+PG_anon = 1 << 16
+PG_table = 1 << 17
+PG_zone_device = 1 << 18
+# For the audit alone: a reference held by code in progress, by an isolated page or a new page that
+# nothing maps yet. Linux knows such a page only from the local variable that points to it.
+PG_isolated = 1 << 24
+PG_in_flight = 1 << 25
+
+# What a pin (FOLL_PIN) adds to the refcount of a page that is not compound.
+GUP_PIN_COUNTING_BIAS = 1024
+
+
+class Pages:
+    """mem_map: the fields of every struct page.
+
+    flags: uint32, PG_*.
+    refcount: int32, _refcount; 0 is free or frozen.
+    mapcount: int32, page-table entries that map this very page (Linux stores it less one).
+    entire_mapcount: int32, PMDs that map the compound page; on the head.
+    pincount: int32, _pincount of a compound page; on the head.
+    mapping: int32, key of the AnonVma or AddressSpace in `Memory.mappings`; 0 is none.
+    index: int64, offset in the mapping, in pages.
+    private: int64, swap slot of a page in the swap cache.
+    memcg: int16, key of the memory cgroup that is charged; 0 is none.
+    lru_seq: int64, when the page went onto its LRU list: the list's order.
+    """
+
+    def __init__(self, nr_pages: int) -> None:
+        def field(dtype: type[np.generic]) -> npt.NDArray[np.generic]:
+            return lazy_zeros(nr_pages, dtype)
+
+        self.nr_pages = nr_pages
+        self.flags = cast("npt.NDArray[np.uint32]", field(np.uint32))
+        self.refcount = cast("npt.NDArray[np.int32]", field(np.int32))
+        self.mapcount = cast("npt.NDArray[np.int32]", field(np.int32))
+        self.entire_mapcount = cast("npt.NDArray[np.int32]", field(np.int32))
+        self.pincount = cast("npt.NDArray[np.int32]", field(np.int32))
+        self.mapping = cast("npt.NDArray[np.int32]", field(np.int32))
+        self.index = cast("npt.NDArray[np.int64]", field(np.int64))
+        self.private = cast("npt.NDArray[np.int64]", field(np.int64))
+        self.memcg = cast("npt.NDArray[np.int16]", field(np.int16))
+        self.lru_seq = cast("npt.NDArray[np.int64]", field(np.int64))
+
+    def is_compound(self, pfn: int) -> bool:
+        return bool(self.flags[pfn] & (PG_head | PG_tail))
+
+    def compound_nr(self, pfn: int) -> int:
+        """Pages in the compound page of which `pfn` is the head; 1 for a base page."""
+        return HPAGE_PMD_NR if self.flags[pfn] & PG_head else 1
+
+    def head_of(self, pfn: int) -> int:
+        """compound_head() of one page."""
+        return pfn & -HPAGE_PMD_NR if self.flags[pfn] & PG_tail else pfn
+
+    def page_mapcount(self, pfn: int) -> int:
+        """page_mapcount(): how often this very page is mapped, by PTEs and by PMDs."""
+        entire = self.entire_mapcount[self.head_of(pfn)] if self.is_compound(pfn) else 0
+        return int(self.mapcount[pfn] + entire)
+
+    def total_mapcount(self, head: int) -> int:
+        """total_mapcount(): PTEs and PMDs that map any part of the compound page."""
+        if not self.flags[head] & PG_head:
+            return int(self.mapcount[head])
+        return int(self.entire_mapcount[head] + self.mapcount[head : head + HPAGE_PMD_NR].sum())
+
+    def maybe_dma_pinned(self, head: int) -> bool:
+        """page_maybe_dma_pinned(): exact for compound pages, a guess from the refcount for others."""
+        if self.flags[head] & PG_head:
+            return bool(self.pincount[head] > 0)
+        return bool(self.refcount[head] >= GUP_PIN_COUNTING_BIAS)
+
+
+def compound_head(pages: Pages, pfns: Pfns) -> Pfns:
+    """compound_head() of many pages. pfns: int64[n]. Returns: int64[n]."""
+    return np.where(pages.flags[pfns] & PG_tail, pfns & -HPAGE_PMD_NR, pfns)

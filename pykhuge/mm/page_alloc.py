@@ -1,0 +1,196 @@
+"""The page allocator: orders 0 and 9, by node, and the memory cgroup charge.
+
+A frame is free when its refcount and flags are both 0, so nothing has to be kept but the number of
+used frames of each 2 MiB block. Single frames come from the first block that is already broken into;
+an order-9 page needs a block of which nothing is used, so fragmentation is real. There is no
+compaction and no reclaim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+
+from pykhuge.hw.memory import HPAGE_PMD_NR
+from pykhuge.kernel.panic import KernelBug
+from pykhuge.mm.mm_types import MemCgroup
+from pykhuge.mm.mmzone import Memory, Node
+from pykhuge.mm.page import Pfns, PG_head, PG_tail, PG_zone_device
+from pykhuge.mm.vmstat import NR_FREE_PAGES
+
+__all__ = [
+    "alloc_huge_page",
+    "alloc_pages",
+    "charge",
+    "free_huge_page",
+    "free_pages",
+    "uncharge",
+    "zonelist",
+]
+
+U_HEAD = np.uint32(PG_head)
+U_TAIL = np.uint32(PG_tail)
+
+
+def zonelist(mem: Memory, nid: int) -> list[Node]:
+    """The nodes in the order in which an allocation preferring `nid` tries them."""
+    return sorted(mem.nodes, key=lambda node: (mem.distances[nid][node.nid], node.nid))
+
+
+def alloc_pages(mem: Memory, nr: int, nid: int = 0) -> Pfns:
+    """Allocate up to `nr` base pages, preferring node `nid`; fewer when memory runs out.
+
+    Returns: int64[<= nr], each with refcount 1 and everything else zero; contents undefined.
+    """
+    found: list[Pfns] = []
+    for node in zonelist(mem, nid) if len(mem.nodes) > 1 else mem.nodes:
+        while nr > 0 and (block := _first_broken_block(node)) is not None:
+            start = node.start_pfn + block * HPAGE_PMD_NR
+            free = np.flatnonzero(_free_in(mem, start))[:nr] + start
+            if not len(free):
+                raise KernelBug(
+                    f"block {start:#x} has {node.used[block]} pages in use, but none free"
+                )
+            node.used[block] += len(free)
+            mem.pages.refcount[free] = 1
+            mem.vmstat.mod_node(NR_FREE_PAGES, -len(free), node.nid)
+            nr -= len(free)
+            found.append(free)
+    return found[0] if len(found) == 1 else np.concatenate(found or [np.empty(0, np.int64)])
+
+
+def alloc_huge_page(
+    mem: Memory, nid: int = 0, nodemask: Collection[int] | None = None
+) -> int | None:
+    """Allocate an order-9 compound page on one of `nodemask` (all nodes if None), `nid` preferred.
+
+    Returns: its first frame, with refcount 1; None if no node has a free block. Contents undefined.
+    """
+    for node in zonelist(mem, nid) if len(mem.nodes) > 1 else mem.nodes:
+        if nodemask is not None and node.nid not in nodemask:
+            continue
+        block = _first_block(node, node.used[: node.high] == 0)
+        if block is None:
+            continue
+        node.used[block] = HPAGE_PMD_NR
+        head = node.start_pfn + block * HPAGE_PMD_NR
+        mem.pages.flags[head] = U_HEAD
+        mem.pages.flags[head + 1 : head + HPAGE_PMD_NR] = U_TAIL
+        mem.pages.refcount[head] = 1
+        mem.vmstat.mod_node(NR_FREE_PAGES, -HPAGE_PMD_NR, node.nid)
+        return head
+    return None
+
+
+def free_pages(mem: Memory, pfns: Pfns) -> None:
+    """Give base pages (int64[n], distinct) back: their charge is returned, their fields zeroed.
+
+    Raises: KernelBug for a page still referenced or mapped.
+    """
+    pages = mem.pages
+    if pages.refcount[pfns].any() or pages.mapcount[pfns].any():
+        raise KernelBug(*(f"page {pfn:#x} is freed while in use" for pfn in _in_use(mem, pfns)))
+    _uncharge_pages(mem, pfns)
+    device = None
+    if mem.device_start < pages.nr_pages:
+        device = pfns[pfns >= mem.device_start]
+        pfns = pfns[pfns < mem.device_start]
+    pages.flags[pfns] = 0
+    pages.mapping[pfns] = 0
+    pages.index[pfns] = 0
+    pages.private[pfns] = 0
+    pages.lru_seq[pfns] = 0
+    if device is not None and len(device):
+        pages.flags[device] = PG_zone_device
+        pages.mapping[device] = 0
+        pages.index[device] = 0
+    for node in mem.nodes:
+        own = (
+            pfns if len(mem.nodes) == 1 else pfns[(pfns >= node.start_pfn) & (pfns < node.end_pfn)]
+        )
+        if len(own):
+            blocks = (own - node.start_pfn) >> 9
+            freed = np.bincount(blocks)
+            node.used[: len(freed)] -= freed.astype(np.int16)
+            mem.vmstat.mod_node(NR_FREE_PAGES, len(own), node.nid)
+
+
+def free_huge_page(mem: Memory, head: int) -> None:
+    """Give an order-9 page back, charge and all.
+
+    Raises: KernelBug if it is still referenced or mapped.
+    """
+    pages = mem.pages
+    whole = slice(head, head + HPAGE_PMD_NR)
+    if (
+        pages.refcount[head]
+        or pages.entire_mapcount[head]
+        or pages.mapcount[whole].any()
+        or pages.pincount[head]
+    ):
+        raise KernelBug(f"huge page {head:#x} is freed while in use")
+    uncharge(mem, int(pages.memcg[head]), HPAGE_PMD_NR)
+    pages.memcg[head] = 0
+    for field in (pages.flags, pages.mapping, pages.index, pages.private, pages.lru_seq):
+        field[whole] = 0
+    node = mem.nodes[mem.nid_of(head)]
+    node.used[(head - node.start_pfn) // HPAGE_PMD_NR] = 0
+    mem.vmstat.mod_node(NR_FREE_PAGES, HPAGE_PMD_NR, node.nid)
+
+
+def charge(mem: Memory, memcg: MemCgroup, nr: int) -> bool:
+    """mem_cgroup_charge(): take `nr` pages of the limit, all or none. Says whether it was granted."""
+    if memcg.key == 0:
+        return True
+    if memcg.usage + nr > memcg.limit:
+        return False
+    memcg.usage += nr
+    mem.vmstat.post(f"memcg:{memcg.key}", "usage", nr)
+    return True
+
+
+def uncharge(mem: Memory, key: int, nr: int) -> None:
+    """Return `nr` pages to the cgroup with this key; 0 is nobody's."""
+    if key:
+        mem.memcgs[key].usage -= nr
+        mem.vmstat.post(f"memcg:{key}", "usage", -nr)
+
+
+def _uncharge_pages(mem: Memory, pfns: Pfns) -> None:
+    charged = mem.pages.memcg[pfns]
+    if charged.any():
+        for key, nr in enumerate(np.bincount(charged).tolist()):
+            uncharge(mem, key, nr)
+        mem.pages.memcg[pfns] = 0
+
+
+def _first_broken_block(node: Node) -> int | None:
+    """The first block with both used and free frames, else the first free one."""
+    used = node.used[: node.high]
+    block = _first(used.view(np.uint16) - np.uint16(1) < HPAGE_PMD_NR - 1)
+    return block if block is not None else _first_block(node, used == 0)
+
+
+def _first_block(node: Node, free: np.ndarray) -> int | None:
+    """The first block marked free, else one never used; `high` covers it then."""
+    block = _first(free)
+    if block is None and node.high < node.nr_blocks:
+        block = node.high
+        node.high += 1
+    return block
+
+
+def _first(mask: np.ndarray) -> int | None:
+    index = int(mask.argmax()) if len(mask) else 0
+    return index if len(mask) and mask[index] else None
+
+
+def _free_in(mem: Memory, start: int) -> np.ndarray:
+    whole = slice(start, start + HPAGE_PMD_NR)
+    return (mem.pages.refcount[whole] == 0) & (mem.pages.flags[whole] == 0)
+
+
+def _in_use(mem: Memory, pfns: Pfns) -> list[int]:
+    used = (mem.pages.refcount[pfns] != 0) | (mem.pages.mapcount[pfns] != 0)
+    return [int(pfn) for pfn in pfns[used]]

@@ -1,0 +1,156 @@
+"""userfaultfd: ranges whose faults a program answers itself (fs/userfaultfd.c, mm/userfaultfd.c)."""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+
+from pykhuge.hw.memory import PAGE_SHIFT, PAGE_SIZE
+from pykhuge.kernel.locking import READ, WRITE
+from pykhuge.kernel.sched import Acquire, Release, Steps
+from pykhuge.mm.fault import access_vma, map_new_pages, new_user_pages, pte_table, vm_page_prot
+from pykhuge.mm.huge_memory import OutOfMemory
+from pykhuge.mm.mm import (
+    change_flags,
+    check_mapped,
+    check_range,
+    each_block,
+    os_error,
+    vmas_in,
+    wrprotect_range,
+)
+from pykhuge.mm.mm_types import VM_UFFD_FLAGS, VM_UFFD_MISSING, VM_UFFD_WP, Mm, Userfaultfd, Vma
+from pykhuge.mm.mmzone import Memory
+from pykhuge.mm.page_table import (
+    PAGE_SPECIAL,
+    PAGE_SWP_UFFD_WP,
+    PAGE_UFFD_WP,
+    is_swap_ptes,
+    pmd_trans_huge,
+    pte_index,
+    pte_pfn,
+)
+from pykhuge.mm.rmap import anon_vma_prepare, pmd_of, set_pmd
+
+__all__ = ["uffd_copy", "uffd_register", "uffd_unregister", "uffd_writeprotect", "uffd_zeropage"]
+
+
+def uffd_register(
+    mem: Memory, mm: Mm, ctx: Userfaultfd, addr: int, length: int, *, missing: bool, wp: bool
+) -> Steps[None]:
+    """UFFDIO_REGISTER: watch [addr, addr + length) for missing pages, writes, or both."""
+    if not missing and not wp:
+        raise os_error(errno.EINVAL, "missing=False wp=False: allowed one of them or both")
+    flags = VM_UFFD_MISSING * missing | VM_UFFD_WP * wp
+    end = check_range(addr, length)
+    yield Acquire(mm.mmap_lock, WRITE)
+    try:
+        check_mapped(mm, addr, end)
+        if any(vma.userfaultfd_ctx not in (None, ctx) for vma in vmas_in(mm, addr, end)):
+            raise os_error(errno.EBUSY, f"[{addr:#x}, {end:#x}) belongs to another userfaultfd")
+    except OSError:
+        yield Release(mm.mmap_lock)
+        raise
+    change_flags(mem, mm, addr, end, lambda vma: _watch(vma, ctx, flags))
+    yield Release(mm.mmap_lock)
+
+
+def _watch(vma: Vma, ctx: Userfaultfd | None, flags: int) -> int:
+    vma.userfaultfd_ctx = ctx
+    return vma.vm_flags & ~VM_UFFD_FLAGS | flags
+
+
+def uffd_unregister(mem: Memory, mm: Mm, addr: int, length: int) -> Steps[None]:
+    """UFFDIO_UNREGISTER: watch no longer; write protection by userfaultfd is lifted."""
+    end = check_range(addr, length)
+    yield Acquire(mm.mmap_lock, WRITE)
+    for vma in vmas_in(mm, addr, end):
+        if vma.vm_flags & VM_UFFD_WP:
+            _unprotect(mem, mm, max(addr, vma.vm_start), min(end, vma.vm_end))
+    change_flags(mem, mm, addr, end, lambda vma: _watch(vma, None, 0))
+    yield Release(mm.mmap_lock)
+
+
+def uffd_copy(mem: Memory, mm: Mm, addr: int, data: bytes) -> Steps[None]:
+    """UFFDIO_COPY: answer missing faults with `data`, whole pages of it."""
+    if len(data) % PAGE_SIZE:
+        raise os_error(
+            errno.EINVAL, f"data has {len(data)} bytes: allowed multiples of {PAGE_SIZE}"
+        )
+    end = check_range(addr, len(data))
+    yield Acquire(mm.mmap_lock, READ)
+    try:
+        for page in range(addr, end, PAGE_SIZE):
+            _fill(mem, mm, page, data[page - addr : page - addr + PAGE_SIZE])
+    finally:
+        mm.mmap_lock.unlock(mem.sched.current)
+
+
+def uffd_zeropage(mem: Memory, mm: Mm, addr: int, length: int) -> Steps[None]:
+    """UFFDIO_ZEROPAGE: answer missing faults with the zero page."""
+    end = check_range(addr, length)
+    yield Acquire(mm.mmap_lock, READ)
+    try:
+        for page in range(addr, end, PAGE_SIZE):
+            vma, table, place = _missing(mem, mm, page)
+            mem.ram.words[table, place] = (
+                (mem.zero_pfn << PAGE_SHIFT) | vm_page_prot(vma) | PAGE_SPECIAL
+            )
+    finally:
+        mm.mmap_lock.unlock(mem.sched.current)
+
+
+def _fill(mem: Memory, mm: Mm, addr: int, data: bytes) -> None:
+    vma, table, place = _missing(mem, mm, addr)
+    anon_vma_prepare(mem, vma)
+    pfns = new_user_pages(mem, vma, 1)
+    if not len(pfns):
+        raise OutOfMemory(f"no page for {addr:#x} of {mm.name}")
+    mem.ram.pages[pfns[0]] = np.frombuffer(data, np.uint8)
+    map_new_pages(mem, vma, addr, pfns, mem.ram.words[table, place : place + 1])
+
+
+def _missing(mem: Memory, mm: Mm, addr: int) -> tuple[Vma, int, int]:
+    vma = access_vma(mm, addr, write=False)
+    if vma.userfaultfd_ctx is None:
+        raise os_error(errno.ENOENT, f"{addr:#x} is not registered with a userfaultfd")
+    pmd = pmd_of(mem, mm, addr)
+    if pmd and pmd_trans_huge(pmd):
+        raise os_error(errno.EEXIST, f"{addr:#x} is mapped")
+    table, place = pte_table(mem, mm, addr), pte_index(addr)
+    if mem.ram.words[table, place]:
+        raise os_error(errno.EEXIST, f"{addr:#x} is mapped")
+    return vma, table, place
+
+
+def uffd_writeprotect(mem: Memory, mm: Mm, addr: int, length: int, *, protect: bool) -> Steps[None]:
+    """UFFDIO_WRITEPROTECT: protect what is mapped in the range, or lift it. Absent pages stay absent."""
+    end = check_range(addr, length)
+    yield Acquire(mm.mmap_lock, READ)
+    try:
+        check_mapped(mm, addr, end)
+        if not all(vma.vm_flags & VM_UFFD_WP for vma in vmas_in(mm, addr, end)):
+            raise os_error(
+                errno.ENOENT, f"[{addr:#x}, {end:#x}) is not registered for write protection"
+            )
+        if protect:
+            wrprotect_range(mem, mm, addr, end, PAGE_UFFD_WP)
+        else:
+            _unprotect(mem, mm, addr, end)
+    finally:
+        mm.mmap_lock.unlock(mem.sched.current)
+
+
+def _unprotect(mem: Memory, mm: Mm, start: int, end: int) -> None:
+    """Take the uffd-wp mark away; writes find out by a fault of their own whether they may."""
+    for low, high in each_block(start, end):
+        pmd = pmd_of(mem, mm, low)
+        if pmd and pmd_trans_huge(pmd):
+            set_pmd(mem, mm, low, pmd & ~PAGE_UFFD_WP)
+        elif pmd:
+            first = pte_index(low)
+            ptes = mem.ram.words[pte_pfn(pmd), first : first + (high - low >> PAGE_SHIFT)]
+            swapped = is_swap_ptes(ptes)
+            ptes[~swapped] &= np.uint64(~PAGE_UFFD_WP & (1 << 64) - 1)
+            ptes[swapped] &= np.uint64(~PAGE_SWP_UFFD_WP & (1 << 64) - 1)

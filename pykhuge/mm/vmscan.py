@@ -1,0 +1,177 @@
+"""Swapping anonymous pages out, on demand (mm/vmscan.c, as MADV_PAGEOUT uses it)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT
+from pykhuge.mm.huge_memory import split_huge_page, split_huge_pmd
+from pykhuge.mm.mm import each_block, zap_page_range
+from pykhuge.mm.mm_types import Vma
+from pykhuge.mm.mmzone import Memory
+from pykhuge.mm.page import (
+    PG_active,
+    PG_anon_exclusive,
+    PG_dirty,
+    PG_head,
+    PG_locked,
+    PG_lru,
+    PG_referenced,
+    PG_swapbacked,
+    PG_swapcache,
+    PG_tail,
+    PG_young,
+    PG_zone_device,
+)
+from pykhuge.mm.page_table import (
+    PAGE_ACCESSED,
+    PAGE_DIRTY,
+    PAGE_PRESENT,
+    PAGE_UFFD_WP,
+    Ptes,
+    make_swap_pte,
+    pmd_trans_huge,
+    pte_index,
+    pte_pfn,
+)
+from pykhuge.mm.rmap import page_remove_rmap, pmd_of
+from pykhuge.mm.swap import isolate_lru_pages, lru_add_drain, lru_item, put_pages, putback_lru_pages
+from pykhuge.mm.swap_state import (
+    add_to_swap,
+    delete_from_swap_cache,
+    get_swap_pages,
+    swap_duplicate,
+    swap_writepage,
+)
+from pykhuge.mm.vmstat import MM_ANONPAGES, MM_SWAPENTS
+
+__all__ = ["mark_page_lazyfree_range", "pageout_range"]
+
+U_COMPOUND = PG_head | PG_tail
+
+
+def pageout_range(mem: Memory, vma: Vma, start: int, end: int) -> None:
+    """Reclaim the pages of [start, end) that this mm alone maps and that are on an LRU list.
+
+    Others stay: shared, locked, pinned, or not on a list. Pages that cannot be written stay in the
+    swap cache. Huge pages are split first. Locks: mmap_lock. Kernel: madvise_pageout.
+    """
+    lru_add_drain(mem)
+    for low, high in each_block(start, end):
+        ptes = _small_ptes(mem, vma, low, high, split=True)
+        for place in range(len(ptes)):
+            pte = int(ptes[place])
+            pfn = pte_pfn(pte)
+            if pte & PAGE_PRESENT and pfn != mem.zero_pfn and _may_reclaim(mem, pfn):
+                ptes[place] &= np.uint64(~PAGE_ACCESSED & (1 << 64) - 1)
+                _reclaim(mem, vma, ptes, place, pfn)
+
+
+def mark_page_lazyfree_range(mem: Memory, vma: Vma, start: int, end: int) -> None:
+    """MADV_FREE: pages of [start, end) may be dropped instead of written, until written to again.
+
+    They move to the inactive file list, their entries become clean and old; swapped-out ones are
+    freed at once. Locks: mmap_lock. Kernel: madvise_free_pte_range.
+    """
+    lru_add_drain(mem)
+    for low, high in each_block(start, end):
+        ptes = _small_ptes(mem, vma, low, high, split=high - low < HPAGE_PMD_SIZE)
+        for place in range(len(ptes)):
+            pte = int(ptes[place])
+            addr = low + (place << PAGE_SHIFT)
+            if pte and not pte & PAGE_PRESENT:
+                zap_page_range(mem, vma, addr, addr + (1 << PAGE_SHIFT))
+            elif pte and pte_pfn(pte) != mem.zero_pfn and _may_lazyfree(mem, pte_pfn(pte)):
+                ptes[place] = pte & ~(PAGE_ACCESSED | PAGE_DIRTY)
+                _mark_lazyfree(mem, pte_pfn(pte))
+
+
+def _small_ptes(mem: Memory, vma: Vma, low: int, high: int, *, split: bool) -> Ptes:
+    """The entries of [low, high), after splitting a huge page there; none if there is no table."""
+    pmd = pmd_of(mem, vma.mm, low)
+    if pmd and pmd_trans_huge(pmd):
+        if not split or pte_pfn(pmd) == mem.huge_zero_pfn:
+            return mem.ram.words[0, :0]
+        if not split_huge_page(mem, pte_pfn(pmd)):
+            split_huge_pmd(mem, vma, low)
+        pmd = pmd_of(mem, vma.mm, low)
+    if not pmd:
+        return mem.ram.words[0, :0]
+    first = pte_index(low)
+    return mem.ram.words[pte_pfn(pmd), first : first + (high - low >> PAGE_SHIFT)]
+
+
+def _may_reclaim(mem: Memory, pfn: int) -> bool:
+    flags = int(mem.pages.flags[pfn])
+    unsuitable = U_COMPOUND | PG_locked | PG_zone_device
+    return bool(flags & PG_lru) and not flags & unsuitable and mem.pages.mapcount[pfn] == 1
+
+
+def _may_lazyfree(mem: Memory, pfn: int) -> bool:
+    flags = int(mem.pages.flags[pfn])
+    wanted = PG_lru | PG_swapbacked
+    refused = U_COMPOUND | PG_locked | PG_swapcache | PG_zone_device
+    return flags & wanted == wanted and not flags & refused and mem.pages.mapcount[pfn] == 1
+
+
+def _mark_lazyfree(mem: Memory, pfn: int) -> None:
+    flags = int(mem.pages.flags[pfn])
+    lazy = flags & ~(PG_swapbacked | PG_active | PG_referenced)
+    mem.pages.flags[pfn] = lazy
+    mem.mod_page(lru_item(flags), pfn, -1)
+    mem.mod_page(lru_item(lazy), pfn, +1)
+
+
+def _reclaim(mem: Memory, vma: Vma, ptes: Ptes, place: int, pfn: int) -> None:
+    """shrink_folio_list() of one page that `ptes[place]` alone maps."""
+    one, pages = np.array([pfn]), mem.pages
+    pages.flags[pfn] &= np.uint32(~(PG_referenced | PG_young) & 0xFFFFFFFF)
+    if not pages.flags[pfn] & PG_swapbacked:
+        _discard_lazyfree(mem, vma, ptes, place, pfn)
+        return
+    if pages.maybe_dma_pinned(pfn):
+        return
+    cached = bool(pages.flags[pfn] & PG_swapcache)
+    slots = [int(pages.private[pfn])] if cached else get_swap_pages(mem, 1)
+    if not slots:
+        return
+    isolate_lru_pages(mem, one, pages.flags[one])
+    if not cached:
+        add_to_swap(mem, pfn, slots[0])
+    _unmap_to_swap(mem, vma, ptes, place, pfn, slots[0])
+    written = not pages.flags[pfn] & PG_dirty or swap_writepage(mem, pfn)
+    # The isolation and the swap cache are all that refers to it, unless somebody else does.
+    if written and pages.refcount[pfn] == 2:
+        delete_from_swap_cache(mem, pfn)
+    putback_lru_pages(mem, one)
+
+
+def _unmap_to_swap(mem: Memory, vma: Vma, ptes: Ptes, place: int, pfn: int, slot: int) -> None:
+    pte = int(ptes[place])
+    exclusive = bool(mem.pages.flags[pfn] & PG_anon_exclusive)
+    if pte & PAGE_DIRTY:
+        mem.pages.flags[pfn] |= np.uint32(PG_dirty)
+    swap_duplicate(mem, slot)
+    ptes[place] = make_swap_pte(0, slot, exclusive=exclusive, uffd_wp=bool(pte & PAGE_UFFD_WP))
+    mem.pages.flags[pfn] &= np.uint32(~PG_anon_exclusive & 0xFFFFFFFF)
+    one = np.array([pfn])
+    page_remove_rmap(mem, one, vma)
+    mem.mod_mm(vma.mm, MM_ANONPAGES, -1)
+    mem.mod_mm(vma.mm, MM_SWAPENTS, +1)
+    put_pages(mem, one)
+
+
+def _discard_lazyfree(mem: Memory, vma: Vma, ptes: Ptes, place: int, pfn: int) -> None:
+    """A lazily freed page is dropped if it is still clean; a dirty one becomes swap-backed again."""
+    pages = mem.pages
+    if int(ptes[place]) & PAGE_DIRTY or pages.refcount[pfn] != 1:
+        flags = int(pages.flags[pfn])
+        pages.flags[pfn] = flags | PG_swapbacked
+        mem.mod_page(lru_item(flags), pfn, -1)
+        mem.mod_page(lru_item(flags | PG_swapbacked), pfn, +1)
+        return
+    ptes[place] = 0
+    one = np.array([pfn])
+    page_remove_rmap(mem, one, vma)
+    mem.mod_mm(vma.mm, MM_ANONPAGES, -1)
+    put_pages(mem, one)

@@ -1,0 +1,493 @@
+"""Process: one task and its address space, by the system calls a program would make.
+
+Every call can be made plainly, or taken as steps (`process.munmap.steps(...)`) for
+`Machine.spawn`, so that tasks can be put in each other's way.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
+from pykhuge.hw.poison import LINE_SHIFT
+from pykhuge.kernel.locking import READ, WRITE
+from pykhuge.kernel.sched import Acquire, Release, Steps, Task, steps
+from pykhuge.khugepaged.control import CollapseControl, KhugepagedSettings
+from pykhuge.khugepaged.madvise import madvise_collapse
+from pykhuge.mm import userfaultfd
+from pykhuge.mm.fault import BUS_MCEERR_AR, BusError, access_vma, handle_mm_fault
+from pykhuge.mm.gup import UserPages, follow_page, get_user_pages
+from pykhuge.mm.mm import (
+    change_flags,
+    check_mapped,
+    check_range,
+    do_mmap,
+    do_mprotect,
+    do_mremap,
+    do_munmap,
+    dup_mmap,
+    exit_mmap,
+    mlock_vma_range,
+    os_error,
+    vmas_in,
+    zap_page_range,
+)
+from pykhuge.mm.mm_types import (
+    VM_DONTCOPY,
+    VM_EXEC,
+    VM_HUGEPAGE,
+    VM_LOCKED,
+    VM_NOHUGEPAGE,
+    VM_READ,
+    VM_WIPEONFORK,
+    VM_WRITE,
+    MemCgroup,
+    Mm,
+    Userfaultfd,
+    Vma,
+)
+from pykhuge.mm.mmzone import Memory
+from pykhuge.mm.page import Pfns
+from pykhuge.mm.page_table import (
+    PAGE_ACCESSED,
+    PAGE_DIRTY,
+    PAGE_PRESENT,
+    PAGE_RW,
+    pmd_trans_huge,
+    pte_index,
+    pte_pfn,
+    pte_pfns,
+)
+from pykhuge.mm.rmap import pmd_of, set_pmd
+from pykhuge.mm.vmscan import mark_page_lazyfree_range, pageout_range
+
+__all__ = ["PROT_EXEC", "PROT_NONE", "PROT_READ", "PROT_WRITE", "Advice", "Process", "UserFaultFd"]
+
+PROT_NONE, PROT_READ, PROT_WRITE, PROT_EXEC = 0, VM_READ, VM_WRITE, VM_EXEC
+
+
+class Advice(enum.IntEnum):
+    """What `Process.madvise` takes, with Linux's numbers."""
+
+    MADV_DONTNEED = 4
+    MADV_FREE = 8
+    MADV_DONTFORK = 10
+    MADV_DOFORK = 11
+    MADV_HUGEPAGE = 14
+    MADV_NOHUGEPAGE = 15
+    MADV_WIPEONFORK = 18
+    MADV_KEEPONFORK = 19
+    MADV_PAGEOUT = 21
+    MADV_POPULATE_READ = 22
+    MADV_POPULATE_WRITE = 23
+    MADV_COLLAPSE = 25
+
+
+# Advice that only changes vm_flags: bits set, bits cleared.
+_FLAGS = {
+    Advice.MADV_DONTFORK: (VM_DONTCOPY, 0),
+    Advice.MADV_DOFORK: (0, VM_DONTCOPY),
+    Advice.MADV_HUGEPAGE: (VM_HUGEPAGE, VM_NOHUGEPAGE),
+    Advice.MADV_NOHUGEPAGE: (VM_NOHUGEPAGE, VM_HUGEPAGE),
+    Advice.MADV_WIPEONFORK: (VM_WIPEONFORK, 0),
+    Advice.MADV_KEEPONFORK: (0, VM_WIPEONFORK),
+}
+# Advice that works on the pages of each VMA.
+_ON_PAGES: dict[Advice, Callable[[Memory, Vma, int, int], None]] = {
+    Advice.MADV_DONTNEED: zap_page_range,
+    Advice.MADV_PAGEOUT: pageout_range,
+    Advice.MADV_FREE: mark_page_lazyfree_range,
+}
+
+
+class UserFaultFd:
+    """A userfaultfd of one process. Faults it should answer raise `UserFault` in the task."""
+
+    def __init__(self, process: Process, ctx: Userfaultfd) -> None:
+        self._process = process
+        self._ctx = ctx
+
+    @property
+    def task(self) -> Task[Any]:
+        return self._process.task
+
+    def check_alive(self) -> None:
+        self._process.check_alive()
+
+    @steps
+    def register(
+        self, addr: int, length: int, *, missing: bool = True, wp: bool = False
+    ) -> Steps[None]:
+        """UFFDIO_REGISTER with MODE_MISSING, MODE_WP or both."""
+        mem, mm = self._process.mem, self._process.mm
+        return userfaultfd.uffd_register(mem, mm, self._ctx, addr, length, missing=missing, wp=wp)
+
+    @steps
+    def unregister(self, addr: int, length: int) -> Steps[None]:
+        """UFFDIO_UNREGISTER."""
+        return userfaultfd.uffd_unregister(self._process.mem, self._process.mm, addr, length)
+
+    @steps
+    def copy(self, addr: int, data: bytes) -> Steps[None]:
+        """UFFDIO_COPY of whole pages. Raises: OSError EEXIST where something is mapped."""
+        return userfaultfd.uffd_copy(self._process.mem, self._process.mm, addr, data)
+
+    @steps
+    def zeropage(self, addr: int, length: int) -> Steps[None]:
+        """UFFDIO_ZEROPAGE. Raises: OSError EEXIST where something is mapped."""
+        return userfaultfd.uffd_zeropage(self._process.mem, self._process.mm, addr, length)
+
+    @steps
+    def writeprotect(self, addr: int, length: int, *, protect: bool = True) -> Steps[None]:
+        """UFFDIO_WRITEPROTECT, on or off."""
+        mem, mm = self._process.mem, self._process.mm
+        return userfaultfd.uffd_writeprotect(mem, mm, addr, length, protect=protect)
+
+
+class Process:
+    """A task with an address space; made by `Machine.process` and `Process.fork`.
+
+    node: the NUMA node its faults prefer to allocate on.
+    """
+
+    def __init__(
+        self,
+        mem: Memory,
+        settings: KhugepagedSettings,
+        comm: str,
+        pid: int,
+        memcg: MemCgroup,
+        cpu: int = 0,
+    ) -> None:
+        self.mem = mem
+        self.settings = settings
+        self.pid = pid
+        self.task: Task[Any] = Task(mem.sched, comm, pid, cpu)
+        self.mm = Mm(f"mm:{pid}", mem.rng.getrandbits(32), memcg)
+        mem.mms.append(self.mm)
+
+    def check_alive(self) -> None:
+        """Raises: KernelPanic if the host is dead, OSError ESRCH if the process is."""
+        if self.mem.panic is not None:
+            raise self.mem.panic
+        if self.mm.mm_users == 0:
+            raise os_error(errno.ESRCH, f"process {self.pid} has exited")
+
+    @property
+    def node(self) -> int:
+        return self.mm.preferred_node
+
+    @node.setter
+    def node(self, nid: int) -> None:
+        if not 0 <= nid < len(self.mem.nodes):
+            raise ValueError(f"node={nid}: allowed 0..{len(self.mem.nodes) - 1}")
+        self.mm.preferred_node = nid
+
+    @steps
+    def mmap(
+        self,
+        length: int,
+        *,
+        addr: int | None = None,
+        prot: int = PROT_READ | PROT_WRITE,
+        fixed: bool = False,
+    ) -> Steps[int]:
+        """Map `length` bytes of private anonymous memory; returns the address.
+
+        Args:
+            addr: where; only a hint unless `fixed`, which replaces what is mapped there.
+            prot: PROT_NONE, or an OR of PROT_READ, PROT_WRITE, PROT_EXEC.
+        """
+        return do_mmap(self.mem, self.mm, addr, length, _check_prot(prot), fixed=fixed)
+
+    @steps
+    def munmap(self, addr: int, length: int) -> Steps[None]:
+        """Unmap a range; parts where nothing is mapped are no error."""
+        return do_munmap(self.mem, self.mm, addr, length)
+
+    @steps
+    def mprotect(self, addr: int, length: int, prot: int) -> Steps[None]:
+        """Change the protection. Raises: OSError ENOMEM if part of the range is not mapped."""
+        return do_mprotect(self.mem, self.mm, addr, length, _check_prot(prot))
+
+    @steps
+    def mremap(self, old: int, length: int, new: int) -> Steps[int]:
+        """Move a range to `new` (MREMAP_MAYMOVE | MREMAP_FIXED). Raises: OSError EFAULT, EINVAL."""
+        return do_mremap(self.mem, self.mm, old, length, new)
+
+    @steps
+    def mlock(self, addr: int, length: int) -> Steps[None]:
+        """Fault the range in and keep it in: its pages become unevictable."""
+        end = check_range(addr & -PAGE_SIZE, length + addr % PAGE_SIZE)
+        yield from self._set_locked(addr & -PAGE_SIZE, end, lock=True)
+        for vma in vmas_in(self.mm, addr, end):
+            write = bool(vma.vm_flags & VM_WRITE)
+            low, high = max(addr & -PAGE_SIZE, vma.vm_start), min(end, vma.vm_end)
+            yield from handle_mm_fault(self.mem, self.mm, low, high, write=write)
+
+    @steps
+    def munlock(self, addr: int, length: int) -> Steps[None]:
+        """Undo mlock."""
+        end = check_range(addr & -PAGE_SIZE, length + addr % PAGE_SIZE)
+        yield from self._set_locked(addr & -PAGE_SIZE, end, lock=False)
+
+    def _set_locked(self, start: int, end: int, *, lock: bool) -> Steps[None]:
+        mm = self.mm
+        yield Acquire(mm.mmap_lock, WRITE)
+        try:
+            check_mapped(mm, start, end)
+        except OSError:
+            yield Release(mm.mmap_lock)
+            raise
+        change_flags(
+            self.mem,
+            mm,
+            start,
+            end,
+            lambda vma: vma.vm_flags | VM_LOCKED if lock else vma.vm_flags & ~VM_LOCKED,
+        )
+        mlock_vma_range(self.mem, mm, start, end, lock=lock)
+        yield Release(mm.mmap_lock)
+
+    @steps
+    def madvise(self, addr: int, length: int, advice: int) -> Steps[None]:
+        """madvise(2); `advice` is one of `Advice`.
+
+        Raises: OSError EINVAL, ENOMEM (part of the range is not mapped), or for MADV_COLLAPSE a
+        CollapseError, which also names the last scan result.
+        """
+        if advice not in tuple(Advice):
+            allowed = ", ".join(f"{each.name} ({each.value})" for each in Advice)
+            raise os_error(errno.EINVAL, f"advice={advice}: allowed {allowed}")
+        if length == 0 and addr % PAGE_SIZE == 0:
+            return
+        end, advice = check_range(addr, length), Advice(advice)
+        if advice in (Advice.MADV_POPULATE_READ, Advice.MADV_POPULATE_WRITE):
+            yield from handle_mm_fault(
+                self.mem, self.mm, addr, end, write=advice is Advice.MADV_POPULATE_WRITE
+            )
+            return
+        mode = WRITE if advice in _FLAGS else READ
+        yield Acquire(self.mm.mmap_lock, mode)
+        try:
+            yield from self._advise(addr, end, advice)
+            check_mapped(self.mm, addr, end)
+        except OSError:
+            yield Release(self.mm.mmap_lock)
+            raise
+        yield Release(self.mm.mmap_lock)
+
+    def _advise(self, start: int, end: int, advice: Advice) -> Steps[None]:
+        if advice in _FLAGS:
+            bits, cleared = _FLAGS[advice]
+            change_flags(self.mem, self.mm, start, end, lambda vma: vma.vm_flags & ~cleared | bits)
+            return
+        for vma in vmas_in(self.mm, start, end):
+            low, high = max(start, vma.vm_start), min(end, vma.vm_end)
+            if advice is Advice.MADV_COLLAPSE:
+                cc = CollapseControl(is_khugepaged=False, settings=self.settings)
+                yield from madvise_collapse(self.mem, vma, low, high, cc)
+            elif vma.vm_flags & VM_LOCKED and advice is not Advice.MADV_FREE:
+                raise os_error(errno.EINVAL, f"{advice.name} of mlocked memory at {low:#x}")
+            else:
+                _ON_PAGES[advice](self.mem, vma, low, high)
+
+    @steps
+    def fork(self, comm: str | None = None) -> Steps[Process]:
+        """A child with a copy of the address space, its pages shared until one of the two writes."""
+        child = Process(
+            self.mem,
+            self.settings,
+            comm or self.task.comm,
+            self.mem.next_pid(),
+            self.mm.memcg,
+            self.task.cpu,
+        )
+        child.mm.preferred_node = self.mm.preferred_node
+        try:
+            yield from dup_mmap(self.mem, self.mm, child.mm)
+        except MemoryError:
+            yield from exit_mmap(self.mem, child.mm)
+            raise
+        return child
+
+    @steps
+    def exit(self) -> Steps[None]:
+        """The process ends: its memory is unmapped, it can be used no more."""
+        return exit_mmap(self.mem, self.mm)
+
+    @steps
+    def read(self, addr: int, length: int) -> Steps[bytes]:
+        """What a program reads at `addr`.
+
+        Raises: SegmentationFault; BusError for a poisoned line or a swap error; UserFault.
+        """
+        _check_access(addr, length)
+        out = bytearray(length)
+        for low, high in _by_block(addr, addr + length):
+            access_vma(self.mm, low, write=False)
+            pfns = yield from self._pages_for(low, high, write=False)
+            self._check_poison(pfns, low, high)
+            out[low - addr : high - addr] = _gather(self.mem, pfns, low, high)
+        return bytes(out)
+
+    @steps
+    def write(self, addr: int, data: bytes | bytearray | memoryview) -> Steps[None]:
+        """Store `data` at `addr`, as a program would, from low to high.
+
+        Raises: SegmentationFault; BusError for a poisoned line, what is below it is written then;
+        UserFault.
+        """
+        source = np.frombuffer(data, np.uint8)
+        _check_access(addr, len(source))
+        for low, high in _by_block(addr, addr + len(source)):
+            access_vma(self.mm, low, write=True)
+            pfns = yield from self._pages_for(low, high, write=True)
+            good = self._first_poison(pfns, low, high)
+            _scatter(self.mem, pfns, low, good, source[low - addr : good - addr])
+            if good < high:
+                self._bus_error(good)
+
+    def _pages_for(self, low: int, high: int, *, write: bool) -> Steps[Pfns]:
+        """The frames of [low, high), one block at most, faulted in; accessed and dirty bits set."""
+        wanted = PAGE_PRESENT | PAGE_RW if write else PAGE_PRESENT
+        mark = PAGE_ACCESSED | PAGE_DIRTY if write else PAGE_ACCESSED
+        first, nr = pte_index(low), (high - 1 >> PAGE_SHIFT) - (low >> PAGE_SHIFT) + 1
+        while True:
+            pmd = pmd_of(self.mem, self.mm, low)
+            if pmd and pmd_trans_huge(pmd):
+                if pmd & wanted == wanted:
+                    if pmd & mark != mark:
+                        set_pmd(self.mem, self.mm, low, pmd | mark)
+                    return np.arange(pte_pfn(pmd) + first, pte_pfn(pmd) + first + nr)
+            elif pmd:
+                ptes = self.mem.ram.words[pte_pfn(pmd), first : first + nr]
+                if int(np.bitwise_and.reduce(ptes)) & wanted == wanted:
+                    ptes |= np.uint64(mark)
+                    return pte_pfns(ptes)
+            yield from handle_mm_fault(self.mem, self.mm, low, high, write=write)
+
+    def _first_poison(self, pfns: Pfns, low: int, high: int) -> int:
+        """The lowest address of [low, high) on a poisoned line; `high` if there is none."""
+        words = self.mem.poison.lines[pfns]
+        for index in np.flatnonzero(words).tolist():
+            page = (low & -PAGE_SIZE) + (index << PAGE_SHIFT)
+            word = int(words[index])
+            for line in range(64):
+                start = page + (line << LINE_SHIFT)
+                if word >> line & 1 and start < high and start + (1 << LINE_SHIFT) > low:
+                    return max(start, low)
+        return high
+
+    def _check_poison(self, pfns: Pfns, low: int, high: int) -> None:
+        addr = self._first_poison(pfns, low, high)
+        if addr < high:
+            self._bus_error(addr)
+
+    def _bus_error(self, addr: int) -> None:
+        """The machine check of a user load or store: the task gets SIGBUS, the host lives."""
+        pfn = follow_page(self.mem, self.mm, addr)
+        assert pfn is not None
+        line = (addr % PAGE_SIZE) >> LINE_SHIFT
+        mce = self.mem.poison.machine_check(
+            pfn,
+            line,
+            cpu=self.task.cpu,
+            consumer=f"user access of {self.task.comm}",
+            recovered=True,
+        )
+        self.mem.printk(str(mce))
+        raise BusError(addr & -PAGE_SIZE, BUS_MCEERR_AR, PAGE_SHIFT)
+
+    @steps
+    def pin(self, addr: int, length: int) -> Steps[UserPages]:
+        """pin_user_pages(FOLL_WRITE | FOLL_PIN): hold the pages as a device does for DMA."""
+        _check_access(addr, length)
+        return get_user_pages(self.mem, self.mm, addr, length, pinned=True)
+
+    @steps
+    def get(self, addr: int, length: int) -> Steps[UserPages]:
+        """get_user_pages(FOLL_GET): hold the pages as vmsplice does, to read them."""
+        _check_access(addr, length)
+        return get_user_pages(self.mem, self.mm, addr, length, pinned=False)
+
+    def userfaultfd(self) -> UserFaultFd:
+        """A new userfaultfd, watching nothing yet."""
+        self.check_alive()
+        return UserFaultFd(self, Userfaultfd(self.pid))
+
+    def pfn(self, addr: int) -> int | None:
+        """The frame behind `addr`, as /proc/pid/pagemap tells; None if it is not present."""
+        return follow_page(self.mem, self.mm, addr)
+
+    def poison(self, addr: int, line: int | None = None) -> int:
+        """Let the cache line at `addr` (or line 0..63 of its page) go bad; returns the frame.
+
+        Nobody notices until it is read. Raises: ValueError if no page is there.
+        """
+        pfn = self.pfn(addr)
+        if pfn is None or pfn == self.mem.zero_pfn:
+            raise ValueError(
+                f"addr={addr:#x}: allowed where a page of the process's own is present"
+            )
+        self.mem.poison.poison(pfn, (addr % PAGE_SIZE) >> LINE_SHIFT if line is None else line)
+        return pfn
+
+    def is_huge(self, addr: int) -> bool:
+        """Whether a huge PMD maps `addr`."""
+        pmd = pmd_of(self.mem, self.mm, addr)
+        return bool(pmd and pmd_trans_huge(pmd))
+
+
+def _check_prot(prot: int) -> int:
+    if prot & ~(PROT_READ | PROT_WRITE | PROT_EXEC):
+        raise os_error(
+            errno.EINVAL, f"prot={prot:#x}: allowed an OR of PROT_READ, PROT_WRITE, PROT_EXEC"
+        )
+    return prot
+
+
+def _check_access(addr: int, length: int) -> None:
+    if addr < 0 or length < 0:
+        raise ValueError(f"addr={addr:#x} length={length}: allowed 0 and more")
+
+
+def _by_block(start: int, end: int) -> list[tuple[int, int]]:
+    cuts = [start, *range((start & -HPAGE_PMD_SIZE) + HPAGE_PMD_SIZE, end, HPAGE_PMD_SIZE), end]
+    return list(itertools.pairwise(cuts)) if start < end else []
+
+
+def _runs(pfns: Pfns, low: int, high: int) -> list[tuple[slice, int, int]]:
+    """[low, high) as pieces of physical memory without a gap: (pages, first byte, length)."""
+    breaks = np.flatnonzero(np.diff(pfns) != 1) + 1
+    starts = [0, *breaks.tolist()]
+    stops = [*breaks.tolist(), len(pfns)]
+    base = low & -PAGE_SIZE
+    pieces = []
+    for start, stop in zip(starts, stops, strict=True):
+        first, last = max(low, base + start * PAGE_SIZE), min(high, base + stop * PAGE_SIZE)
+        pfn = int(pfns[start])
+        pieces.append(
+            (slice(pfn, pfn + stop - start), first - (base + start * PAGE_SIZE), last - first)
+        )
+    return pieces
+
+
+def _gather(mem: Memory, pfns: Pfns, low: int, high: int) -> bytes:
+    return b"".join(
+        mem.ram.pages[pages].reshape(-1)[offset : offset + length].tobytes()
+        for pages, offset, length in _runs(pfns, low, high)
+    )
+
+
+def _scatter(mem: Memory, pfns: Pfns, low: int, high: int, source: np.ndarray) -> None:
+    done = 0
+    for pages, offset, length in _runs(pfns, low, high) if low < high else []:
+        mem.ram.pages[pages].reshape(-1)[offset : offset + length] = source[done : done + length]
+        done += length
