@@ -11,9 +11,6 @@
 
 enum { PAGE = PYKHUGE_PAGE_SIZE, LINE = PYKHUGE_LINE_SIZE, LINES_PER_PAGE = PAGE / LINE };
 
-/* From this many pages on a destination is worth keeping out of the cache. */
-enum { STREAM_MIN_PAGES = 64 };
-
 /* A hole is a copy of this, as the zero page is what a hole reads as. */
 static const char zero_page[PAGE] __attribute__((aligned(PYKHUGE_PAGE_SIZE)));
 
@@ -41,15 +38,10 @@ static size_t first_bad_line(uint64_t bad_lines)
 	return bad_lines ? (size_t)__builtin_ctzll(bad_lines) : LINES_PER_PAGE;
 }
 
-/* One page inside a recovery point. */
-static inline void copy_page_until(struct recovery *here, copy_lines_fn *copy, char *to, const char *from,
-				   const char *next, uint64_t bad_lines)
+static void machine_check_if(struct recovery *here, const char *page, uint64_t bad_lines)
 {
-	size_t nr_lines = first_bad_line(bad_lines);
-	recovery_range(here, to, from, PAGE);
-	copy(to, from, nr_lines, next, &here->copied);
-	if (nr_lines < LINES_PER_PAGE)
-		machine_check_raise(here, from + nr_lines * LINE);
+	if (bad_lines)
+		machine_check_raise(here, page + first_bad_line(bad_lines) * LINE);
 }
 
 int64_t pykhuge_copy_mc_page(void *to, const void *from, uint64_t bad_lines)
@@ -59,7 +51,9 @@ int64_t pykhuge_copy_mc_page(void *to, const void *from, uint64_t bad_lines)
 	if (sigsetjmp(here.env, 0))
 		return report(&here, 0);
 	recovery_enter(&here);
-	copy_page_until(&here, copy_lines()->cached, to, from, from, bad_lines);
+	recovery_range(&here, to, from, PAGE);
+	copy_lines()->cached(to, from, first_bad_line(bad_lines), &here.copied);
+	machine_check_if(&here, from, bad_lines);
 	recovery_leave(&here);
 	return 0;
 }
@@ -69,16 +63,17 @@ static const char *frame_at(const char *base, int64_t frame)
 	return frame < 0 ? zero_page : base + frame * PAGE;
 }
 
-static copy_lines_fn *copy_for(size_t nr_pages)
+/* What is copied after frame @i of @nr; the last is followed by itself. */
+static const char *frame_after(const char *base, const int64_t *frames, size_t nr, size_t i)
 {
-	const struct copy_lines *set = copy_lines();
-	return nr_pages < STREAM_MIN_PAGES ? set->cached : set->streamed;
+	return frame_at(base, frames[i + 1 < nr ? i + 1 : i]);
 }
 
+/* The destination is a huge page, larger than any cache worth keeping: it is streamed. */
 int64_t pykhuge_copy_mc_frames(void *to, const void *base, const int64_t *frames, size_t nr,
 			       const uint64_t *bad_lines)
 {
-	copy_lines_fn *copy = copy_for(nr);
+	stream_lines_fn *const copy = copy_lines()->streamed;
 	struct recovery here;
 	volatile size_t index = 0; /* read after the jump */
 
@@ -87,11 +82,13 @@ int64_t pykhuge_copy_mc_frames(void *to, const void *base, const int64_t *frames
 		return report(&here, (int64_t)index);
 	recovery_enter(&here);
 	for (size_t i = 0; i < nr; i++) {
-		int64_t frame = frames[i];
-		const char *next = frame_at(base, frames[i + 1 < nr ? i + 1 : i]);
-		uint64_t bad = bad_lines && frame >= 0 ? bad_lines[frame] : 0;
+		uint64_t bad = bad_lines && frames[i] >= 0 ? bad_lines[frames[i]] : 0;
+		const char *from = frame_at(base, frames[i]);
+		char *page = (char *)to + i * PAGE;
 		index = i;
-		copy_page_until(&here, copy, (char *)to + i * PAGE, frame_at(base, frame), next, bad);
+		recovery_range(&here, page, from, PAGE);
+		copy(page, from, first_bad_line(bad), frame_after(base, frames, nr, i), &here.copied);
+		machine_check_if(&here, from, bad);
 	}
 	recovery_leave(&here);
 	copy_lines_fence();
@@ -129,7 +126,7 @@ static void copy_bytes_until(struct recovery *here, char *to, const char *from, 
 
 	recovery_range(here, to, from, nr_bytes);
 	copy_some(here, to, from, head);
-	copy_lines()->cached(to + head, from + head, nr_lines, from + head, &here->copied);
+	copy_lines()->cached(to + head, from + head, nr_lines, &here->copied);
 	copy_some(here, to + tail, from + tail, good - tail);
 	if (good < nr_bytes)
 		machine_check_raise(here, from + good);
@@ -152,16 +149,16 @@ int64_t pykhuge_copy_mc_bytes(void *to, const void *from, size_t nr_bytes, const
 void pykhuge_copy_page(void *to, const void *from)
 {
 	volatile size_t copied = 0;
-	copy_lines()->cached(to, from, LINES_PER_PAGE, from, &copied);
+	copy_lines()->cached(to, from, LINES_PER_PAGE, &copied);
 }
 
 void pykhuge_copy_frames(void *to, const void *base, const int64_t *frames, size_t nr)
 {
-	copy_lines_fn *copy = copy_for(nr);
+	stream_lines_fn *copy = copy_lines()->streamed;
 	for (size_t i = 0; i < nr; i++) {
 		volatile size_t copied = 0;
-		const char *next = frame_at(base, frames[i + 1 < nr ? i + 1 : i]);
-		copy((char *)to + i * PAGE, frame_at(base, frames[i]), LINES_PER_PAGE, next, &copied);
+		copy((char *)to + i * PAGE, frame_at(base, frames[i]), LINES_PER_PAGE,
+		     frame_after(base, frames, nr, i), &copied);
 	}
 	copy_lines_fence();
 }

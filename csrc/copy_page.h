@@ -2,8 +2,8 @@
  *
  * Copies of whole lines, one function an instruction set, all with one promise that recovery rests on:
  *
- *   lines go in ascending order, each is loaded whole before any of it is stored, and *copied (bytes)
- *   is advanced after a line is stored and before the next is touched.
+ *   lines go in ascending order, none is stored to before it is loaded from, and *copied (bytes) is
+ *   advanced after a line is stored and before the next is touched.
  *
  * Processor faults are precise, so at a fault *copied is exact, streaming stores included.
  */
@@ -12,14 +12,18 @@
 
 #include <stddef.h>
 
-/* @next: what will be read after this, fetched into the cache line by line (prefetches never fault). */
-typedef void copy_lines_fn(char *to, const char *from, size_t nr_lines, const char *next,
-			   volatile size_t *copied);
+/* Any alignment of @to, which stays in the cache. */
+typedef void copy_lines_fn(char *to, const char *from, size_t nr_lines, volatile size_t *copied);
+
+/* @to is aligned to a line and goes around the cache; needs copy_lines_fence. @next is what will be read
+ * after this: as many lines of it are fetched meanwhile (prefetches never fault). */
+typedef void stream_lines_fn(char *to, const char *from, size_t nr_lines, const char *next,
+			     volatile size_t *copied);
 
 struct copy_lines {
 	const char *name;
-	copy_lines_fn *cached;   /* any alignment of @to; leaves @to in the cache */
-	copy_lines_fn *streamed; /* @to aligned to 64; goes around the cache; needs copy_lines_fence */
+	copy_lines_fn *cached;
+	stream_lines_fn *streamed;
 };
 
 /* The one in use. */

@@ -12,7 +12,12 @@ from pathlib import Path
 
 from cffi import FFI
 
-SOURCES = ["csrc/copy_mc.c", "csrc/copy_page.c", "csrc/machine_check.c"]
+SOURCES = [
+    "csrc/copy_mc.c",
+    "csrc/copy_page.c",
+    "csrc/highpage_module.c",
+    "csrc/machine_check.c",
+]
 HEADERS = ["csrc/pykhuge.h", "csrc/copy_page.h", "csrc/machine_check.h"]
 
 

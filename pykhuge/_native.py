@@ -5,13 +5,17 @@ alive. Every copy runs with the GIL released.
 """
 
 import errno
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from typing import TYPE_CHECKING, Any
 
+from pykhuge import _copy
 from pykhuge._copy import ffi, lib
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
+    from _typeshed import ReadableBuffer, WriteableBuffer
 
 PAGE_SIZE: int = lib.PYKHUGE_PAGE_SIZE
 LINE_SIZE: int = lib.PYKHUGE_LINE_SIZE
@@ -52,7 +56,7 @@ def last_machine_check() -> MachineCheck:
     )
 
 
-def _outcome(result: int) -> int:
+def outcome(result: int) -> int:
     """The one place where C's numbers become exceptions."""
     if result == lib.PYKHUGE_DESTINATION_FAULT:
         raise DestinationFault(lib.pykhuge_last_machine_check().address)
@@ -69,17 +73,24 @@ def address(view: Any) -> int:
     return int(ffi.cast(_UINTPTR, view))
 
 
-def copy_mc_page(to: int, from_: int, bad_lines: int) -> int:
-    """One page; bytes not copied."""
-    result: int = lib.pykhuge_copy_mc_page(
-        ffi.cast(_VOID_P, to), ffi.cast(_VOID_P, from_), bad_lines
-    )
-    return _outcome(result) if result else 0
+def _highpage() -> Any:
+    """The module that shares cffi's shared object (PEP 489, multiple modules in one library)."""
+    loader = ExtensionFileLoader("pykhuge._highpage", _copy.__file__)
+    spec = spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+#: ``copy_mc_page(to, from_, bad_lines)``: one page from buffer to buffer. Bytes not copied;
+#: negative if an argument was wrong or the destination faulted. Nothing was copied if wrong.
+copy_mc_page: Callable[["WriteableBuffer", "ReadableBuffer", int], int] = _highpage().copy_mc_page
 
 
 def copy_mc_bytes(to: int, from_: int, nr_bytes: int, bad_lines: int) -> int:
     """Any run of bytes; ``bad_lines`` is where a uint64 by page is, or 0. Bytes not copied."""
-    return _outcome(
+    return outcome(
         lib.pykhuge_copy_mc_bytes(
             ffi.cast(_VOID_P, to),
             ffi.cast(_VOID_P, from_),
@@ -95,7 +106,7 @@ def copy_mc_frames(to: int, base: int, frames: int, nr: int, bad_lines: int) -> 
     A negative number is a hole, cleared. ``bad_lines`` is where a uint64 by frame number is, or 0
     for none. None when all was copied, else what stopped it.
     """
-    if not _outcome(
+    if not outcome(
         lib.pykhuge_copy_mc_frames(
             ffi.cast(_VOID_P, to),
             ffi.cast(_VOID_P, base),

@@ -15,7 +15,7 @@ be written raises ``DestinationFault``, which is no count. The GIL is released w
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 _MAX_FRAMES = 512
+_copy_mc_page = _native.copy_mc_page  # a global is found faster than a module's attribute
 _ALL_LINES = (1 << PAGE_SIZE // LINE_SIZE) - 1
 
 
@@ -84,10 +85,11 @@ def _page_pair(to: "WriteableBuffer", from_: "ReadableBuffer") -> tuple[_Span, _
     return pair
 
 
-def _line_word(bad_lines: int) -> int:
+def _check_lines(bad_lines: int) -> None:
+    if not isinstance(bad_lines, int):
+        raise TypeError(f"bad_lines={bad_lines!r}: allowed are integers")
     if not 0 <= bad_lines <= _ALL_LINES:
         raise ValueError(f"bad_lines={bad_lines:#x}: allowed 0..{_ALL_LINES:#x}, bit i is line i")
-    return bad_lines
 
 
 def _line_words(bad_lines: Any, nr_pages: int) -> npt.NDArray[np.uint64] | None:
@@ -124,15 +126,14 @@ def copy_mc_highpage(
     Raises: ValueError, TypeError, DestinationFault.
     Kernel: copy_mc_highpage (include/linux/highmem.h).
     """
-    word = _line_word(bad_lines)
-    dst, src = _page_pair(to, from_)
     if shadow is None:
-        return _native.copy_mc_page(dst.address, src.address, word)
-    to_shadow, from_shadow = (
-        _shadow("shadow[0]", shadow[0], writable=True),
-        _shadow("shadow[1]", shadow[1]),
-    )
-    not_copied = _native.copy_mc_page(dst.address, src.address, word)
+        not_copied = _copy_mc_page(to, from_, bad_lines)
+        if not_copied >= 0:
+            return not_copied
+        _page_failure(not_copied, to, from_, bad_lines)
+    to_shadow = _shadow("shadow[0]", shadow[0], writable=True)
+    from_shadow = _shadow("shadow[1]", shadow[1])
+    not_copied = copy_mc_highpage(to, from_, bad_lines=bad_lines)
     if not not_copied:
         to_shadow[:] = from_shadow
     return not_copied
@@ -160,15 +161,23 @@ def copy_mc_user_highpage(
     Raises: ValueError, TypeError, DestinationFault.
     Kernel: copy_mc_user_highpage (include/linux/highmem.h).
     """
-    word = _line_word(bad_lines)
-    dst, src = _page_pair(to, from_)
     if shadow is None:
-        return _native.copy_mc_page(dst.address, src.address, word)
+        return copy_mc_highpage(to, from_, bad_lines=bad_lines)
     to_shadow = _shadow("shadow", shadow, writable=True)
-    not_copied = _native.copy_mc_page(dst.address, src.address, word)
+    not_copied = copy_mc_highpage(to, from_, bad_lines=bad_lines)
     if not not_copied:
         to_shadow[:] = bytes(PAGE_SIZE)
     return not_copied
+
+
+def _page_failure(
+    result: int, to: "WriteableBuffer", from_: "ReadableBuffer", bad_lines: int
+) -> NoReturn:
+    """Say why one page could not be copied at all."""
+    _native.outcome(result)
+    _check_lines(bad_lines)
+    _page_pair(to, from_)
+    raise ValueError("to or from_ changed while being copied: allowed are buffers that stay")
 
 
 def _shadow(name: str, buffer: Any, *, writable: bool = False) -> memoryview:
