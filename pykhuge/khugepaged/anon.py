@@ -33,7 +33,7 @@ from pykhuge.mm.fault import SwapFault, do_swap_page, map_new_huge_page
 from pykhuge.mm.huge_memory import OutOfMemory, pgtable_trans_huge_deposit
 from pykhuge.mm.mm_types import Mm, Vma
 from pykhuge.mm.mmzone import Memory
-from pykhuge.mm.page import Pfns, PG_head, PG_in_flight, PG_locked, PG_lru
+from pykhuge.mm.page import Pfns, PG_head, PG_in_flight, PG_locked, PG_lru, PG_swapcache
 from pykhuge.mm.page_table import PUD_SHIFT, TABLE, Ptes, is_swap_ptes, pte_pfn
 from pykhuge.mm.rmap import page_remove_rmap, set_pmd
 from pykhuge.mm.swap import isolate_lru_pages, lru_add_drain, put_pages, putback_lru_pages
@@ -189,8 +189,7 @@ def _collapse_huge_page_isolate(
     nr = block.before(stop)
     accepted = _accepted(block, nr)
     if len(accepted):
-        flags = mem.pages.flags[accepted]
-        isolate_lru_pages(mem, accepted, flags | U_LOCKED)
+        isolate_lru_pages(mem, accepted, PG_locked)
     result = failure.result
     writable, referenced = block.writable(nr), block.referenced(nr, cc)
     if result is ScanResult.SCAN_SUCCEED and not writable:
@@ -199,7 +198,7 @@ def _collapse_huge_page_isolate(
         result = ScanResult.SCAN_LACK_REFERENCED_PAGE
     if result is not ScanResult.SCAN_SUCCEED:
         release_pte_pages(mem, accepted)
-    none_or_zero, page = block.nr_none_or_zero(stop), block.last_page(mem, failure)
+    none_or_zero, page = block.nr_none_or_zero(stop), block.last_page(failure)
     mem.emit(mm_collapse_huge_page_isolate(page, none_or_zero, referenced, writable, result))
     return Isolated(result, block, accepted)
 
@@ -215,12 +214,13 @@ def _first_failure(mem: Memory, block: BlockOfPtes, vma: Vma, cc: CollapseContro
     block.fails_normal_page(failure)
     block.fails_shared(failure, cc)
     first = block.first_of_heads()
-    flags, places = block.flags[first], block.mapped[first]
-    if np.bitwise_or.reduce(flags, initial=0) & PG_locked:
-        failure.where(places, flags & U_LOCKED != 0, ScanResult.SCAN_PAGE_LOCK)
-    failure.where(places, block.refcount_unsuitable(mem)[first], ScanResult.SCAN_PAGE_COUNT)
-    if not np.bitwise_and.reduce(flags, initial=PG_lru) & PG_lru:
-        failure.where(places, flags & np.uint32(PG_lru) == 0, ScanResult.SCAN_DEL_PAGE_LRU)
+    if block.any_flag & PG_locked:
+        locked = block.flags[first] & U_LOCKED != 0
+        failure.where(block.mapped[first], locked, ScanResult.SCAN_PAGE_LOCK)
+    block.fails_refcount(mem, failure, first)
+    if not block.all_flags & PG_lru:
+        off_lru = block.flags[first] & np.uint32(PG_lru) == 0
+        failure.where(block.mapped[first], off_lru, ScanResult.SCAN_DEL_PAGE_LRU)
     if failure.result is ScanResult.SCAN_EXCEED_NONE_PTE:
         mem.vmstat.count(THP_SCAN_EXCEED_NONE_PTE)
     elif failure.result is ScanResult.SCAN_EXCEED_SHARED_PTE:
@@ -269,10 +269,11 @@ def _collapse_huge_page_copy_succeeded(
     if len(block.none_or_zero):
         mem.mod_mm(vma.mm, MM_ANONPAGES, len(block.none_or_zero))
     page_remove_rmap(mem, block.pfns, vma)
-    mem.pages.flags[isolated.pages] &= U_UNLOCKED
     put_pages(mem, block.pfns)
-    free_swap_cache(mem, isolated.pages)
-    putback_lru_pages(mem, isolated.pages)
+    if block.any_flag & PG_swapcache:
+        mem.pages.flags[isolated.pages] &= U_UNLOCKED
+        free_swap_cache(mem, isolated.pages)
+    putback_lru_pages(mem, isolated.pages, PG_locked)
 
 
 def _collapse_huge_page_copy_failed(
@@ -294,10 +295,8 @@ def release_pte_pages(mem: Memory, pages: Pfns) -> None:
     """
     if not len(pages):
         return
-    flags = mem.pages.flags[pages]
-    compound = flags & np.uint32(PG_head) != 0
-    mem.pages.flags[pages] = flags & U_UNLOCKED
+    compound = mem.pages.flags[pages] & np.uint32(PG_head) != 0
     order = (
         np.concatenate([pages[~compound][::-1], pages[compound]]) if compound.any() else pages[::-1]
     )
-    putback_lru_pages(mem, order)
+    putback_lru_pages(mem, order, PG_locked)

@@ -6,6 +6,8 @@ would have stopped: at the lowest entry that fails any test, and there for the f
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -23,7 +25,16 @@ from pykhuge.mm.page import (
     PG_zone_device,
     compound_head,
 )
-from pykhuge.mm.page_table import PAGE_ACCESSED, PAGE_RW, PAGE_UFFD_WP, U_PRESENT, Ptes, pte_pfns
+from pykhuge.mm.page_table import (
+    PAGE_ACCESSED,
+    PAGE_PRESENT,
+    PAGE_RW,
+    PAGE_SPECIAL,
+    PAGE_UFFD_WP,
+    U_PRESENT,
+    Ptes,
+    pte_pfns,
+)
 
 __all__ = ["BlockOfPtes", "FirstFailure"]
 
@@ -52,6 +63,16 @@ ALL_PLACES = np.arange(HPAGE_PMD_NR)
 NO_PLACES = ALL_PLACES[:0]
 
 
+def _or(words: npt.NDArray[Any]) -> int:
+    """All bits that any word has."""
+    return int(np.bitwise_or.reduce(words))
+
+
+def _and(words: npt.NDArray[Any]) -> int:
+    """All bits that every word has; -1 if there is no word."""
+    return int(np.bitwise_and.reduce(words)) if len(words) else -1
+
+
 class FirstFailure:
     """Where the loop stops, and why; `place` is 512 and `result` SCAN_SUCCEED if it does not.
 
@@ -71,7 +92,7 @@ class FirstFailure:
 
     def where(self, places: Places, failing: Bools, result: ScanResult) -> None:
         """The test for `result` fails at those of `places` that are marked."""
-        if failing.any():
+        if np.count_nonzero(failing):
             self.at(int(places[failing.argmax()]), result)
 
     def beyond(self, places: Places, limit: int, result: ScanResult) -> None:
@@ -86,46 +107,58 @@ class BlockOfPtes:
     none_or_zero, non_present: places (0..511) of these kinds, ascending.
     mapped: places of the entries that map a page; `ptes`, `pfns`, `heads`, `flags` (of the head) and
     `mapcount` (page_mapcount of the very page) go with these, element by element.
-    compound: whether any of the pages is part of a compound page.
+    any_pte, all_ptes, any_flag, all_flags: the OR and the AND of `ptes` and of `flags`, so that most
+    tests are one test of a word.
     """
 
     def __init__(self, mem: Memory, table: Ptes) -> None:
         pages = mem.pages
-        pfns = pte_pfns(table)
-        normal = table & U_PRESENT != 0
-        normal &= pfns != mem.zero_pfn
-        if normal.all():
+        self.any_pte, self.all_ptes = _or(table), _and(table)
+        if self.all_ptes & PAGE_PRESENT and not self.any_pte & PAGE_SPECIAL:
             self.none_or_zero = self.non_present = NO_PLACES
-            self.mapped, self.ptes, self.pfns = ALL_PLACES, table.copy(), pfns
+            self.mapped, self.ptes = ALL_PLACES, table.copy()
         else:
-            self.mapped = np.flatnonzero(normal)
-            absent = (table != 0) & (table & U_PRESENT == 0)
-            self.non_present = np.flatnonzero(absent)
-            self.none_or_zero = np.flatnonzero(~(normal | absent))
-            self.ptes, self.pfns = table[normal], pfns[normal]
+            self._sort_kinds(mem, table)
+        self.pfns = pte_pfns(self.ptes)
         self.heads: Pfns = self.pfns
         self.flags = pages.flags[self.pfns]
         self.mapcount = pages.mapcount[self.pfns]
-        self.compound = bool(np.bitwise_or.reduce(self.flags, initial=0) & (PG_head | PG_tail))
+        self.any_flag, self.all_flags = _or(self.flags), _and(self.flags)
+        self.compound = bool(self.any_flag & (PG_head | PG_tail))
         if self.compound:
             self._look_at_heads(mem)
+
+    def _sort_kinds(self, mem: Memory, table: Ptes) -> None:
+        present = table & U_PRESENT != 0
+        normal = present & (pte_pfns(table) != mem.zero_pfn)
+        non_present = (table != 0) & ~present
+        self.mapped = np.flatnonzero(normal)
+        self.non_present = np.flatnonzero(non_present)
+        self.none_or_zero = np.flatnonzero(~(normal | non_present))
+        self.ptes = table[self.mapped]
+        self.any_pte, self.all_ptes = _or(self.ptes), _and(self.ptes)
 
     def _look_at_heads(self, mem: Memory) -> None:
         compound = self.flags & U_COMPOUND != 0
         self.heads = compound_head(mem.pages, self.pfns)
         self.flags = mem.pages.flags[self.heads]
         self.mapcount = self.mapcount + mem.pages.entire_mapcount[self.heads] * compound
+        self.any_flag, self.all_flags = _or(self.flags), _and(self.flags)
 
-    def refcount_unsuitable(self, mem: Memory) -> Bools:
-        """!is_refcount_suitable() by mapped page: somebody but page tables and swap cache refers to it."""
+    def fails_refcount(self, mem: Memory, failure: FirstFailure, chosen: Places | slice) -> None:
+        """!is_refcount_suitable(): more than page tables and swap cache refers to the page.
+
+        chosen: the mapped entries to ask about, by their number among these.
+        """
         expected = self.mapcount
         if self.compound:
             totals = {head: mem.pages.total_mapcount(head) for head in set(self.heads.tolist())}
             expected = np.array([totals[head] for head in self.heads.tolist()], np.int32)
-        if np.bitwise_or.reduce(self.flags, initial=0) & PG_swapcache:
+        if self.any_flag & PG_swapcache:
             size = np.where(self.flags & np.uint32(PG_head), HPAGE_PMD_NR, 1)
             expected = expected + (self.flags & U_SWAPCACHE != 0) * size
-        return mem.pages.refcount[self.heads] != expected
+        unsuitable = mem.pages.refcount[self.heads] != expected
+        failure.where(self.mapped[chosen], unsuitable[chosen], ScanResult.SCAN_PAGE_COUNT)
 
     def before(self, stop: int) -> int:
         """How many mapped entries lie below place `stop`."""
@@ -135,14 +168,15 @@ class BlockOfPtes:
         """How many of the first `nr` mapped entries were used lately; the daemon alone asks."""
         if not cc.is_khugepaged:
             return 0
+        if self.all_ptes & PAGE_ACCESSED:
+            return nr
         young = self.ptes[:nr] & U_ACCESSED != 0
-        if not young.all():
-            young |= self.flags[:nr] & U_REFERENCED != 0
+        young |= self.flags[:nr] & U_REFERENCED != 0
         return int(np.count_nonzero(young))
 
     def writable(self, nr: int) -> bool:
         """Whether any of the first `nr` mapped entries may be written."""
-        return bool(np.bitwise_or.reduce(self.ptes[:nr], initial=0) & PAGE_RW)
+        return bool((self.any_pte if nr == len(self.ptes) else _or(self.ptes[:nr])) & PAGE_RW)
 
     def nr_none_or_zero(self, stop: int) -> int:
         """How many none and zero entries the loop has counted when it stops at place `stop`."""
@@ -156,7 +190,7 @@ class BlockOfPtes:
             return slice(None)
         return np.sort(np.unique(self.heads, return_index=True)[1])
 
-    def last_page(self, mem: Memory, failure: FirstFailure) -> int:
+    def last_page(self, failure: FirstFailure) -> int:
         """The page that the loop's variable holds when it ends; -1 for none."""
         nr = self.before(failure.place)
         if failure.result is ScanResult.SCAN_PAGE_NULL:
@@ -169,12 +203,12 @@ class BlockOfPtes:
 
     def fails_uffd_wp(self, failure: FirstFailure) -> None:
         """A present entry is write-protected by userfaultfd."""
-        if np.bitwise_or.reduce(self.ptes, initial=0) & PAGE_UFFD_WP:
+        if self.any_pte & PAGE_UFFD_WP:
             failure.where(self.mapped, self.ptes & U_UFFD_WP != 0, ScanResult.SCAN_PTE_UFFD_WP)
 
     def fails_normal_page(self, failure: FirstFailure) -> None:
         """An entry maps a zone-device page."""
-        if np.bitwise_or.reduce(self.flags, initial=0) & PG_zone_device:
+        if self.any_flag & PG_zone_device:
             failure.where(self.mapped, self.flags & U_ZONE_DEVICE != 0, ScanResult.SCAN_PAGE_NULL)
 
     def fails_shared(self, failure: FirstFailure, cc: CollapseControl) -> None:

@@ -36,8 +36,9 @@ from pykhuge.mm.vmstat import (
 
 __all__ = ["hpage_collapse_scan_pmd", "khugepaged_scan_block"]
 
-U_ON_LRU_ANON = np.uint32(PG_lru | PG_anon)
-U_TESTED = np.uint32(PG_lru | PG_anon | PG_locked)
+U_LRU = np.uint32(PG_lru)
+U_LOCKED = np.uint32(PG_locked)
+U_ANON = np.uint32(PG_anon)
 
 _EXCEEDED = {
     ScanResult.SCAN_EXCEED_NONE_PTE: THP_SCAN_EXCEED_NONE_PTE,
@@ -132,7 +133,7 @@ def _scan_ptes(mem: Memory, table: Ptes, vma: Vma, cc: CollapseControl) -> Scann
             result = ScanResult.SCAN_PAGE_RO
         elif cc.is_khugepaged and lacking:
             result = ScanResult.SCAN_LACK_REFERENCED_PAGE
-    page = block.last_page(mem, failure)
+    page = block.last_page(failure)
     return Scanned(result, page, writable, referenced, block.nr_none_or_zero(stop), unmapped)
 
 
@@ -154,15 +155,13 @@ def _first_failure(
     block.fails_normal_page(failure)
     block.fails_shared(failure, cc)
     _scan_nodes(mem, block, failure, cc)
-    if not ((block.flags & U_TESTED) == U_ON_LRU_ANON).all():
-        failure.where(block.mapped, block.flags & np.uint32(PG_lru) == 0, ScanResult.SCAN_PAGE_LRU)
-        failure.where(
-            block.mapped, block.flags & np.uint32(PG_locked) != 0, ScanResult.SCAN_PAGE_LOCK
-        )
-        failure.where(
-            block.mapped, block.flags & np.uint32(PG_anon) == 0, ScanResult.SCAN_PAGE_ANON
-        )
-    failure.where(block.mapped, block.refcount_unsuitable(mem), ScanResult.SCAN_PAGE_COUNT)
+    if not block.all_flags & PG_lru:
+        failure.where(block.mapped, block.flags & U_LRU == 0, ScanResult.SCAN_PAGE_LRU)
+    if block.any_flag & PG_locked:
+        failure.where(block.mapped, block.flags & U_LOCKED != 0, ScanResult.SCAN_PAGE_LOCK)
+    if not block.all_flags & PG_anon:
+        failure.where(block.mapped, block.flags & U_ANON == 0, ScanResult.SCAN_PAGE_ANON)
+    block.fails_refcount(mem, failure, slice(None))
     return failure
 
 

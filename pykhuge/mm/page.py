@@ -1,8 +1,9 @@
 """struct page: one numpy array a field, indexed by page frame number.
 
-A free page is zero in every array, so that a large machine costs nothing until it is used. Work on
-many pages is done on whole arrays; a compound page keeps its state on the head, except for
-`mapcount` and PG_anon_exclusive, which each subpage has for itself.
+A free page has neither flags nor references, and every array starts as zeros that cost nothing, so
+that a large machine costs nothing until it is used. Work on many pages is done on whole arrays; a
+compound page keeps its state on the head, except for `mapcount` and PG_anon_exclusive, which each
+subpage has for itself.
 """
 
 from __future__ import annotations

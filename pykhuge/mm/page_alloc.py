@@ -84,27 +84,20 @@ def alloc_huge_page(
 
 
 def free_pages(mem: Memory, pfns: Pfns) -> None:
-    """Give base pages (int64[n], distinct) back: their charge is returned, their fields zeroed.
+    """Give base pages (int64[n], distinct) back: their charge is returned, their flags and
+    mapping zeroed. (Index and list order mean nothing without these.)
 
     Raises: KernelBug for a page still referenced or mapped.
     """
     pages = mem.pages
-    if pages.refcount[pfns].any() or pages.mapcount[pfns].any():
+    if np.count_nonzero(pages.mapcount[pfns]) or np.count_nonzero(pages.refcount[pfns]):
         raise KernelBug(*(f"page {pfn:#x} is freed while in use" for pfn in _in_use(mem, pfns)))
     _uncharge_pages(mem, pfns)
-    device = None
-    if mem.device_start < pages.nr_pages:
-        device = pfns[pfns >= mem.device_start]
-        pfns = pfns[pfns < mem.device_start]
     pages.flags[pfns] = 0
     pages.mapping[pfns] = 0
-    pages.index[pfns] = 0
-    pages.private[pfns] = 0
-    pages.lru_seq[pfns] = 0
-    if device is not None and len(device):
-        pages.flags[device] = PG_zone_device
-        pages.mapping[device] = 0
-        pages.index[device] = 0
+    if mem.device_start < pages.nr_pages:
+        pages.flags[pfns[pfns >= mem.device_start]] = PG_zone_device
+        pfns = pfns[pfns < mem.device_start]
     for node in mem.nodes:
         own = (
             pfns if len(mem.nodes) == 1 else pfns[(pfns >= node.start_pfn) & (pfns < node.end_pfn)]
@@ -132,8 +125,8 @@ def free_huge_page(mem: Memory, head: int) -> None:
         raise KernelBug(f"huge page {head:#x} is freed while in use")
     uncharge(mem, int(pages.memcg[head]), HPAGE_PMD_NR)
     pages.memcg[head] = 0
-    for field in (pages.flags, pages.mapping, pages.index, pages.private, pages.lru_seq):
-        field[whole] = 0
+    pages.flags[whole] = 0
+    pages.mapping[head] = 0
     node = mem.nodes[mem.nid_of(head)]
     node.used[(head - node.start_pfn) // HPAGE_PMD_NR] = 0
     mem.vmstat.mod_node(NR_FREE_PAGES, HPAGE_PMD_NR, node.nid)
@@ -159,7 +152,7 @@ def uncharge(mem: Memory, key: int, nr: int) -> None:
 
 def _uncharge_pages(mem: Memory, pfns: Pfns) -> None:
     charged = mem.pages.memcg[pfns]
-    if charged.any():
+    if np.count_nonzero(charged):
         for key, nr in enumerate(np.bincount(charged).tolist()):
             uncharge(mem, key, nr)
         mem.pages.memcg[pfns] = 0

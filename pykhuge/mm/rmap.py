@@ -26,6 +26,7 @@ from pykhuge.mm.page import (
     PG_tail,
     PG_unevictable,
     PG_uptodate,
+    compound_head,
 )
 from pykhuge.mm.page_table import PAGE_PRESENT, PUD_SHIFT, pmd_trans_huge, pte_index, pte_pfn
 from pykhuge.mm.swap import lru_item
@@ -174,15 +175,12 @@ def page_remove_rmap(mem: Memory, pfns: Pfns, vma: Vma) -> None:
     pages = mem.pages
     left = pages.mapcount[pfns] - 1
     pages.mapcount[pfns] = left
-    gone = pfns if not left.any() else pfns[left == 0]
+    gone = pfns[left == 0] if np.count_nonzero(left) else pfns
     flags = pages.flags[gone]
-    compound = flags & np.uint32(PG_head | PG_tail) != 0
-    if compound.any():
+    if np.bitwise_or.reduce(flags) & (PG_head | PG_tail):
         # A subpage that a PMD still maps stays counted.
-        heads = np.where(
-            compound, np.where(flags & np.uint32(PG_tail), gone & -HPAGE_PMD_NR, gone), gone
-        )
-        gone = gone[~compound | (pages.entire_mapcount[heads] == 0)]
+        by_pmd = pages.entire_mapcount[compound_head(pages, gone)] > 0
+        gone = gone[~by_pmd | (flags & np.uint32(PG_head | PG_tail) == 0)]
     if len(gone):
         mem.mod_pages(NR_ANON_MAPPED, gone, -1)
     if vma.vm_flags & VM_LOCKED:

@@ -8,7 +8,9 @@ it, or somebody drains it. Until then the page is in no list and cannot be isola
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
+from pykhuge.hw.memory import HPAGE_PMD_NR
 from pykhuge.kernel.panic import KernelBug
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import (
@@ -18,6 +20,7 @@ from pykhuge.mm.page import (
     PG_isolated,
     PG_lru,
     PG_swapbacked,
+    PG_tail,
     PG_unevictable,
     compound_head,
 )
@@ -48,8 +51,12 @@ __all__ = [
 PAGEVEC_SIZE = 15
 
 U_LRU = np.uint32(PG_lru)
-U_LRU_KIND = np.uint32(PG_unevictable | PG_swapbacked | PG_active)
+U_NOT_LRU = np.uint32(~PG_lru & 0xFFFFFFFF)
 U_HEAD = np.uint32(PG_head)
+U_COMPOUND = np.uint32(PG_head | PG_tail)
+U_KIND = np.uint32(PG_unevictable | PG_swapbacked | PG_active | PG_head)
+
+Flags = npt.NDArray[np.uint32]
 
 
 def lru_item(flags: int) -> int:
@@ -76,8 +83,8 @@ def lru_cache_add(mem: Memory, pfns: Pfns) -> None:
     if len(pfns) == 1 and not mem.pages.flags[pfns[0]] & U_HEAD and len(batch) < PAGEVEC_SIZE - 1:
         batch.append(int(pfns[0]))
         return
-    waiting = np.concatenate([np.array(batch, np.int64), pfns]) if batch else pfns
     heads = np.flatnonzero(mem.pages.flags[pfns] & U_HEAD)
+    waiting = np.concatenate([np.array(batch, np.int64), pfns]) if batch else pfns
     # A compound page flushes the batch it joins, so the count begins anew behind the last one.
     start = len(batch) + int(heads[-1]) + 1 if len(heads) else 0
     flush = start + (len(waiting) - start) // PAGEVEC_SIZE * PAGEVEC_SIZE
@@ -101,24 +108,27 @@ def lru_add_drain_all(mem: Memory) -> None:
         lru_add_drain(mem, cpu)
 
 
-def isolate_lru_pages(mem: Memory, pfns: Pfns, flags: np.ndarray) -> None:
+def isolate_lru_pages(mem: Memory, pfns: Pfns, mark: int = 0) -> None:
     """folio_isolate_lru() of pages that are on an LRU list: one reference more, PG_lru clear.
 
-    They count as isolated from here on, in NR_ISOLATED_*. flags: uint32[n], theirs.
+    They count as isolated from here on, in NR_ISOLATED_*. mark: flags to set with it (PG_locked).
     """
     mem.pages.refcount[pfns] += 1
-    mem.pages.flags[pfns] = flags & np.uint32(~PG_lru & 0xFFFFFFFF) | np.uint32(PG_isolated)
-    _account(mem, pfns, flags, -1, lru_item)
-    _account(mem, pfns, flags, +1, isolated_item)
+    flags = mem.pages.flags[pfns]
+    mem.pages.flags[pfns] = flags & U_NOT_LRU | np.uint32(PG_isolated | mark)
+    for kind, same in _by_kind(flags, pfns):
+        _mod_lru(mem, lru_item(kind), kind, same, -1)
+        _mod_lru(mem, isolated_item(kind), kind, same, +1)
 
 
-def putback_lru_pages(mem: Memory, pfns: Pfns) -> None:
+def putback_lru_pages(mem: Memory, pfns: Pfns, mark: int = 0) -> None:
     """Undo isolate_lru_pages: by way of the batch, to which the isolation's reference goes over."""
     if not len(pfns):
         return
     flags = mem.pages.flags[pfns]
-    _account(mem, pfns, flags, -1, isolated_item)
-    mem.pages.flags[pfns] = flags & np.uint32(~PG_isolated & 0xFFFFFFFF)
+    mem.pages.flags[pfns] = flags & np.uint32(~(PG_isolated | mark) & 0xFFFFFFFF)
+    for kind, same in _by_kind(flags, pfns):
+        _mod_lru(mem, isolated_item(kind), kind, same, -1)
     lru_cache_add(mem, pfns)
 
 
@@ -127,23 +137,19 @@ def put_pages(mem: Memory, pfns: Pfns) -> None:
 
     Raises: KernelBug if a refcount would fall below 0.
     """
-    heads = compound_head(mem.pages, pfns)
     refcount = mem.pages.refcount
-    if (mem.pages.flags[heads] & U_HEAD).any():
-        np.subtract.at(refcount, heads, 1)
-        heads = np.unique(heads)
+    if np.bitwise_or.reduce(mem.pages.flags[pfns]) & U_COMPOUND:
+        pfns = compound_head(mem.pages, pfns)
+        np.subtract.at(refcount, pfns, 1)
+        pfns = np.unique(pfns)
+        left = refcount[pfns]
     else:
-        refcount[heads] -= 1
-    left = refcount[heads]
-    if left.min(initial=0) < 0:
-        raise KernelBug(
-            *(
-                f"page {pfn:#x} has refcount {n}"
-                for pfn, n in zip(heads, left, strict=True)
-                if n < 0
-            )
-        )
-    _release(mem, heads[left == 0])
+        left = refcount[pfns] - 1
+        refcount[pfns] = left
+    if np.count_nonzero(left) < len(left):
+        if left.min() < 0:
+            raise KernelBug(*(f"page {pfn:#x} is put too often" for pfn in pfns[left < 0].tolist()))
+        _release(mem, pfns[left == 0])
 
 
 def lru_pages(mem: Memory, item: int) -> Pfns:
@@ -157,7 +163,7 @@ def lru_pages(mem: Memory, item: int) -> Pfns:
 
 def _used_flags(mem: Memory, nid: int) -> np.ndarray:
     node = mem.nodes[nid]
-    return mem.pages.flags[node.start_pfn : node.start_pfn + node.high * 512]
+    return mem.pages.flags[node.start_pfn : node.start_pfn + node.high * HPAGE_PMD_NR]
 
 
 def _lru_add(mem: Memory, pfns: Pfns) -> None:
@@ -165,45 +171,50 @@ def _lru_add(mem: Memory, pfns: Pfns) -> None:
     pages = mem.pages
     left = pages.refcount[pfns] - 1
     pages.refcount[pfns] = left
-    if not left.all():
+    nr_kept = np.count_nonzero(left)
+    if nr_kept == 0:
+        _release(mem, pfns)
+        return
+    if nr_kept < len(pfns):
         _release(mem, pfns[left == 0])
         pfns = pfns[left != 0]
-    if len(pfns):
-        flags = pages.flags[pfns]
-        pages.flags[pfns] = flags | U_LRU
-        pages.lru_seq[pfns] = np.arange(mem.lru_clock, mem.lru_clock + len(pfns))
-        mem.lru_clock += len(pfns)
-        _account(mem, pfns, flags, +1, lru_item)
+    flags = pages.flags[pfns]
+    pages.flags[pfns] = flags | U_LRU
+    pages.lru_seq[pfns] = np.arange(mem.lru_clock, mem.lru_clock + len(pfns))
+    mem.lru_clock += len(pfns)
+    for kind, same in _by_kind(flags, pfns):
+        _mod_lru(mem, lru_item(kind), kind, same, +1)
 
 
 def _release(mem: Memory, pfns: Pfns) -> None:
     """Free pages whose refcount is 0, taking those on an LRU list off it."""
-    if not len(pfns):
-        return
     flags = mem.pages.flags[pfns]
-    on_lru = flags & U_LRU != 0
-    if on_lru.any():
-        _account(mem, pfns[on_lru], flags[on_lru], -1, lru_item)
-    heads = flags & U_HEAD != 0
-    if not heads.any():
+    bits = np.bitwise_or.reduce(flags)
+    if bits & U_LRU:
+        on_lru = flags & U_LRU != 0
+        for kind, same in _by_kind(flags[on_lru], pfns[on_lru]):
+            _mod_lru(mem, lru_item(kind), kind, same, -1)
+    if bits & U_HEAD:
+        heads = flags & U_HEAD != 0
+        for head in pfns[heads].tolist():
+            free_huge_page(mem, head)
+        pfns = pfns[~heads]
+    if len(pfns):
         free_pages(mem, pfns)
-        return
-    for head in pfns[heads].tolist():
-        free_huge_page(mem, head)
-    free_pages(mem, pfns[~heads])
 
 
-def _account(mem: Memory, pfns: Pfns, flags: np.ndarray, sign: int, item_of) -> None:  # type: ignore[no-untyped-def]
-    """Count pages in the counter that `item_of` names for their flags; compound ones 512 times."""
-    kinds = flags & (U_LRU_KIND | U_HEAD)
-    first = int(kinds[0])
-    if not first & PG_head and (kinds == kinds[0]).all():
-        mem.mod_pages(item_of(first), pfns, sign)
+def _by_kind(flags: Flags, pfns: Pfns) -> list[tuple[int, Pfns]]:
+    """Pages sorted by what decides over their list: (flags as far as these matter, pages)."""
+    kinds = flags & U_KIND
+    if not np.count_nonzero(kinds != kinds[0]):
+        return [(int(kinds[0]), pfns)]
+    return [(kind, pfns[kinds == kind]) for kind in sorted(set(kinds.tolist()))]
+
+
+def _mod_lru(mem: Memory, item: int, kind: int, pfns: Pfns, sign: int) -> None:
+    """Count pages of one kind in NR_* `item`, compound ones 512 times."""
+    if not kind & PG_head:
+        mem.mod_pages(item, pfns, sign)
         return
-    for kind in np.unique(kinds).tolist():
-        same = pfns[kinds == kind]
-        if kind & PG_head:
-            for head in same.tolist():
-                mem.mod_page(item_of(kind), head, sign * 512)
-        else:
-            mem.mod_pages(item_of(kind), same, sign)
+    for head in pfns.tolist():
+        mem.mod_page(item, head, sign * HPAGE_PMD_NR)

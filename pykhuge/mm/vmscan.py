@@ -135,7 +135,7 @@ def _reclaim(mem: Memory, vma: Vma, ptes: Ptes, place: int, pfn: int) -> None:
     slots = [int(pages.private[pfn])] if cached else get_swap_pages(mem, 1)
     if not slots:
         return
-    isolate_lru_pages(mem, one, pages.flags[one])
+    isolate_lru_pages(mem, one)
     if not cached:
         add_to_swap(mem, pfn, slots[0])
     _unmap_to_swap(mem, vma, ptes, place, pfn, slots[0])
