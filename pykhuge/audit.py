@@ -1,7 +1,7 @@
 """The audit: every count and reference once more, from first principles.
 
-It walks the page tables, the swap map, the LRU batches and everything else that may refer to a page,
-adds up, and holds the sums against what the code has counted on its way. It may be called whenever
+It walks the page tables, the swap map, the LRU batches and whatever else may refer to a page, adds
+up, and holds the sums against what the code has counted on its way. It may be called whenever
 no spinlock is held, also while tasks are paused in the middle of something.
 """
 

@@ -120,11 +120,11 @@ class Machine:
     def collapse(
         self, process: Process, addr: int, *, is_khugepaged: bool = True
     ) -> Steps[ScanResult]:
-        """Scan one block as khugepaged would when it comes there, and collapse it if it is worth it.
+        """Scan one block as khugepaged would when it comes there; collapse it if it is worth it.
 
         Args:
             addr: 2 MiB aligned.
-            is_khugepaged: heed the daemon's limits and `enabled`; False scans as MADV_COLLAPSE does.
+            is_khugepaged: heed the daemon's limits and `enabled`; False scans as MADV_COLLAPSE.
         """
         if addr % HPAGE_PMD_SIZE:
             raise ValueError(f"addr={addr:#x}: allowed multiples of {HPAGE_PMD_SIZE:#x}")

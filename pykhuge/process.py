@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.hw.poison import LINE_SHIFT
@@ -115,9 +116,11 @@ class UserFaultFd:
 
     @property
     def task(self) -> Task[Any]:
+        """In whose name its calls run."""
         return self._process.task
 
     def check_alive(self) -> None:
+        """Raises: what `Process.check_alive` raises."""
         self._process.check_alive()
 
     @steps
@@ -181,6 +184,7 @@ class Process:
 
     @property
     def node(self) -> int:
+        """The NUMA node its faults prefer (set_mempolicy(MPOL_PREFERRED))."""
         return self.mm.preferred_node
 
     @node.setter
@@ -300,7 +304,7 @@ class Process:
 
     @steps
     def fork(self, comm: str | None = None) -> Steps[Process]:
-        """A child with a copy of the address space, its pages shared until one of the two writes."""
+        """A child with a copy of the address space, pages shared until one of the two writes."""
         child = Process(
             self.mem,
             self.settings,
@@ -486,7 +490,7 @@ def _gather(mem: Memory, pfns: Pfns, low: int, high: int) -> bytes:
     )
 
 
-def _scatter(mem: Memory, pfns: Pfns, low: int, high: int, source: np.ndarray) -> None:
+def _scatter(mem: Memory, pfns: Pfns, low: int, high: int, source: npt.NDArray[np.uint8]) -> None:
     done = 0
     for pages, offset, length in _runs(pfns, low, high) if low < high else []:
         mem.ram.pages[pages].reshape(-1)[offset : offset + length] = source[done : done + length]

@@ -39,8 +39,8 @@ def _reserve(nr_bytes: int) -> mmap.mmap:
         return mmap.mmap(-1, nr_bytes, flags=flags)
     except OSError as error:
         raise MemoryError(
-            f"cannot reserve {nr_bytes:#x} bytes of address space ({error.strerror}): make the machine"
-            " smaller, or allow it with vm.overcommit_memory=0 or 1"
+            f"cannot reserve {nr_bytes:#x} bytes of address space ({error.strerror}): make the"
+            " machine smaller, or allow it with vm.overcommit_memory=0 or 1"
         ) from error
 
 

@@ -35,10 +35,12 @@ class Mce(NamedTuple):
 
     @property
     def pfn(self) -> int:
+        """The frame it happened in."""
         return self.addr >> PAGE_SHIFT
 
     @property
     def line(self) -> int:
+        """Which of the frame's 64 lines is bad."""
         return (self.addr >> LINE_SHIFT) % LINES_PER_PAGE
 
     def __str__(self) -> str:
@@ -72,7 +74,7 @@ class Poison:
         )
 
     def first_bad_line(self, pfns: npt.NDArray[np.int64]) -> tuple[int, int] | None:
-        """Index into `pfns` of the first frame with a bad line, and that line; None if all are good."""
+        """The first of `pfns` with a bad line, by its index, and the line; None if all are good."""
         bad = self.lines[pfns]
         if not bad.any():
             return None

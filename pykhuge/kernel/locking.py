@@ -31,6 +31,8 @@ class Rank(enum.IntEnum):
 
 
 class Mode(enum.Enum):
+    """How a read-write semaphore is held."""
+
     READ = "read"
     WRITE = "write"
 
@@ -113,6 +115,7 @@ class RwSem:
 
     @property
     def holders(self) -> list[Holder]:
+        """Everybody who holds it now."""
         return [self.writer] if self.writer is not None else list(self.readers)
 
     def __str__(self) -> str:

@@ -42,9 +42,11 @@ class Acquire:
         self.mode = mode
 
     def ready(self) -> bool:
+        """Whether the task may go on at once."""
         return self.lock.available(self.mode)
 
-    def take_effect(self, task: Task) -> None:
+    def take_effect(self, task: Task[Any]) -> None:
+        """Do what was announced."""
         self.lock.lock(task, self.mode)
 
     def __str__(self) -> str:
@@ -60,9 +62,11 @@ class Release:
         self.lock = lock
 
     def ready(self) -> bool:
+        """Whether the task may go on at once."""
         return True
 
-    def take_effect(self, task: Task) -> None:
+    def take_effect(self, task: Task[Any]) -> None:
+        """Do what was announced."""
         self.lock.unlock(task)
 
     def __str__(self) -> str:
@@ -76,10 +80,11 @@ class Preempt:
     where: str
 
     def ready(self) -> bool:
+        """Whether the task may go on at once."""
         return True
 
-    def take_effect(self, task: Task) -> None:
-        pass
+    def take_effect(self, task: Task[Any]) -> None:
+        """Nothing: it only marks the place."""
 
     def __str__(self) -> str:
         return self.where
@@ -115,6 +120,7 @@ class Task(Holder, Generic[T]):
 
     @property
     def idle(self) -> bool:
+        """Whether it runs nothing of its own."""
         return self.done or self._generator is None
 
     @property
@@ -130,7 +136,7 @@ class Task(Holder, Generic[T]):
         self.done, self.error, self.pending, self._result = False, None, None, None
 
     def step(self) -> bool:
-        """Run up to the next yield. Returns False, and does nothing, if it has to wait or is done."""
+        """Run up to the next yield. Does nothing and returns False if it must wait or is done."""
         if self.done or self._generator is None or (self.pending and not self.pending.ready()):
             return False
         if self.pending is not None:
@@ -213,7 +219,8 @@ class BoundSteps(Generic[P, T]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         self._owner.check_alive()
-        return self._owner.task.run(self._function(self._owner, *args, **kwargs))
+        result: T = self._owner.task.run(self._function(self._owner, *args, **kwargs))
+        return result
 
     def steps(self, *args: P.args, **kwargs: P.kwargs) -> Steps[T]:
         """The generator behind the call, for `Machine.spawn`."""

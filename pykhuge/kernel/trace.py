@@ -20,9 +20,13 @@ class TraceEvent(Protocol):
     """One event: its fields, and the body the kernel's TP_printk makes of them."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The event's name in tracefs."""
+        ...
 
-    def body(self) -> str: ...
+    def body(self) -> str:
+        """The text behind the name."""
+        ...
 
 
 class TraceRecord(NamedTuple):

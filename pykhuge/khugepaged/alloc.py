@@ -18,12 +18,13 @@ __all__ = ["alloc_charge_hpage"]
 
 
 def alloc_charge_hpage(mem: Memory, mm: Mm, cc: CollapseControl) -> tuple[ScanResult, int]:
-    """Allocate a huge page on the node with most of the block's pages, and charge it to `mm`'s cgroup.
+    """Allocate a huge page on the node with most of the block's pages; charge `mm`'s cgroup.
 
     Returns: SCAN_SUCCEED and the first frame, which has one reference, the caller's;
     SCAN_ALLOC_HUGE_PAGE_FAIL; or SCAN_CGROUP_CHARGE_FAIL, with the allocation counted all the same.
     """
-    head = alloc_huge_page(mem, cc.find_target_node(), cc.alloc_nmask() or None)
+    nid, nodemask = cc.find_target_node()
+    head = alloc_huge_page(mem, nid, nodemask or None)
     if head is None:
         mem.vmstat.count(THP_COLLAPSE_ALLOC_FAILED)
         return ScanResult.SCAN_ALLOC_HUGE_PAGE_FAIL, -1

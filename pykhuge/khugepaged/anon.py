@@ -49,8 +49,9 @@ U_UNLOCKED = np.uint32(~PG_locked & 0xFFFFFFFF)
 class Isolated(NamedTuple):
     """What isolation leaves for the copy.
 
-    block: the entries as they were then. pages: int64, the base pages and, behind them, the heads of
-    compound pages: each locked, off the LRU, with one reference more.
+    block: the entries as they were then.
+    pages: int64, the base pages and, behind them, the heads of compound pages: each locked, off the
+    LRU, with one reference more.
     """
 
     result: ScanResult
@@ -180,8 +181,8 @@ def _collapse_huge_page_isolate(
 ) -> Isolated:
     """Lock and isolate every page of the block, or none.
 
-    Order at each entry: none or zero, present, uffd-wp, a normal page, shared, locked, referenced by
-    others, on the LRU. Kernel: __collapse_huge_page_isolate.
+    Order at each entry: none or zero, present, uffd-wp, a normal page, shared, locked, referenced
+    by others, on the LRU. Kernel: __collapse_huge_page_isolate.
     """
     block = BlockOfPtes(mem, table)
     failure = _first_failure(mem, block, vma, cc)
@@ -290,8 +291,9 @@ def _collapse_huge_page_copy_failed(
 
 
 def release_pte_pages(mem: Memory, pages: Pfns) -> None:
-    """Unlock and put back isolated pages: base pages from the last entry to the first, then
-    compound ones in the order in which they were met.
+    """Unlock and put back isolated pages.
+
+    Base pages go from the last entry to the first, then compound ones as they were met.
     """
     if not len(pages):
         return

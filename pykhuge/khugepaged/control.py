@@ -11,7 +11,7 @@ __all__ = ["CollapseControl", "KhugepagedSettings"]
 
 @dataclass
 class KhugepagedSettings:
-    """max_ptes_none, max_ptes_swap, max_ptes_shared: 0..511 each, inclusive limits of the daemon."""
+    """max_ptes_none, _swap, _shared: the daemon's limits, inclusive, 0..511 each."""
 
     max_ptes_none: int = HPAGE_PMD_NR - 1
     max_ptes_swap: int = HPAGE_PMD_NR // 8
@@ -44,11 +44,11 @@ class CollapseControl:
         """How many PTEs of a kind may pass: max_ptes_* for the daemon, all for MADV_COLLAPSE."""
         return int(getattr(self.settings, name)) if self.is_khugepaged else HPAGE_PMD_NR
 
-    def find_target_node(self) -> int:
-        """hpage_collapse_find_target_node(): the first of the nodes with most pages."""
-        return min(self.alloc_nmask(), default=0)
+    def find_target_node(self) -> tuple[int, set[int]]:
+        """hpage_collapse_find_target_node(): the first node with most pages, and cc->alloc_nmask.
 
-    def alloc_nmask(self) -> set[int]:
-        """All nodes with as many pages as the one with most; any of them will do."""
+        The mask holds all nodes with as many pages; any of them will do.
+        """
         most = max(self.node_load.values(), default=0)
-        return {nid for nid, load in self.node_load.items() if load == most}
+        mask = {nid for nid, load in self.node_load.items() if load == most}
+        return min(mask, default=0), mask

@@ -48,7 +48,7 @@ U_SWAPCACHE = np.uint32(PG_swapcache)
 U_REFERENCED = np.uint32(PG_referenced | PG_young)
 U_UFFD_WP = np.uint64(PAGE_UFFD_WP)
 U_ZONE_DEVICE = np.uint32(PG_zone_device)
-# The tests behind compound_head(): where one of them fails, the loop's variable is that page's head.
+# The tests behind compound_head(): where one fails, the loop's variable is that page's head.
 _LOOKED_AT = frozenset(
     {
         ScanResult.SCAN_SCAN_ABORT,
@@ -76,7 +76,7 @@ def _and(words: npt.NDArray[Any]) -> int:
 class FirstFailure:
     """Where the loop stops, and why; `place` is 512 and `result` SCAN_SUCCEED if it does not.
 
-    Tests are offered in the order of the kernel's chain: of two at the same place the first stays.
+    Tests are offered in the order of the kernel's chain: of two at one place the first stays.
     """
 
     __slots__ = ("place", "result")
@@ -105,10 +105,10 @@ class BlockOfPtes:
     """One page table's entries and the pages behind them.
 
     none_or_zero, non_present: places (0..511) of these kinds, ascending.
-    mapped: places of the entries that map a page; `ptes`, `pfns`, `heads`, `flags` (of the head) and
-    `mapcount` (page_mapcount of the very page) go with these, element by element.
-    any_pte, all_ptes, any_flag, all_flags: the OR and the AND of `ptes` and of `flags`, so that most
-    tests are one test of a word.
+    mapped: places of the entries that map a page; `ptes`, `pfns`, `heads`, `flags` (of the head)
+    and `mapcount` (page_mapcount of the very page) go with these, element by element.
+    any_pte, all_ptes, any_flag, all_flags: the OR and the AND of `ptes` and of `flags`, so that
+    most tests are one test of a word.
     """
 
     def __init__(self, mem: Memory, table: Ptes) -> None:

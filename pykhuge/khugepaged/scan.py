@@ -11,7 +11,7 @@ from pykhuge.kernel.locking import READ
 from pykhuge.kernel.sched import Acquire, Release, Steps
 from pykhuge.khugepaged.anon import collapse_huge_page
 from pykhuge.khugepaged.control import CollapseControl
-from pykhuge.khugepaged.ptes import BlockOfPtes, FirstFailure
+from pykhuge.khugepaged.ptes import BlockOfPtes, Bools, FirstFailure
 from pykhuge.khugepaged.revalidate import find_pmd_or_thp_or_none, hugepage_vma_revalidate
 from pykhuge.khugepaged.scan_result import ScanResult
 from pykhuge.khugepaged.trace_events import mm_khugepaged_scan_pmd
@@ -165,11 +165,12 @@ def _first_failure(
     return failure
 
 
-def _swp_uffd_wp_any(swapped: Ptes) -> np.ndarray:
+def _swp_uffd_wp_any(swapped: Ptes) -> Bools:
     """pte_swp_uffd_wp_any(): a swap entry with the bit, or a marker that stands for it."""
     marker = swapped >> np.uint64(SWP_TYPE_SHIFT) == SWP_PTE_MARKER
     marked = marker & (swp_offsets(swapped) & PTE_MARKER_UFFD_WP != 0)
-    return (swapped & np.uint64(PAGE_SWP_UFFD_WP) != 0) | marked
+    uffd_wp: Bools = (swapped & np.uint64(PAGE_SWP_UFFD_WP) != 0) | marked
+    return uffd_wp
 
 
 def _scan_nodes(

@@ -1,4 +1,7 @@
-"""The huge_memory trace events (include/trace/events/huge_memory.h), printed as the kernel prints them."""
+"""The trace events of group huge_memory, printed as the kernel prints them.
+
+Linux: include/trace/events/huge_memory.h.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +40,11 @@ class mm_khugepaged_scan_pmd(NamedTuple):  # noqa: N801
 
     @property
     def name(self) -> str:
+        """The event's name in tracefs."""
         return type(self).__name__
 
     def body(self) -> str:
+        """What TP_printk makes of the fields."""
         return (
             f"mm={_pointer(self.mm)}, scan_pfn={_pfn(self.scan_pfn)}, writable={self.writable:d},"
             f" referenced={self.referenced}, none_or_zero={self.none_or_zero},"
@@ -56,9 +61,11 @@ class mm_collapse_huge_page(NamedTuple):  # noqa: N801
 
     @property
     def name(self) -> str:
+        """The event's name in tracefs."""
         return type(self).__name__
 
     def body(self) -> str:
+        """What TP_printk makes of the fields."""
         return f"mm={_pointer(self.mm)}, isolated={self.isolated:d}, status={self.status.text}"
 
 
@@ -73,9 +80,11 @@ class mm_collapse_huge_page_isolate(NamedTuple):  # noqa: N801
 
     @property
     def name(self) -> str:
+        """The event's name in tracefs."""
         return type(self).__name__
 
     def body(self) -> str:
+        """What TP_printk makes of the fields."""
         return (
             f"scan_pfn={_pfn(self.scan_pfn)}, none_or_zero={self.none_or_zero},"
             f" referenced={self.referenced}, writable={self.writable:d}, status={self.status.text}"
@@ -92,9 +101,11 @@ class mm_collapse_huge_page_swapin(NamedTuple):  # noqa: N801
 
     @property
     def name(self) -> str:
+        """The event's name in tracefs."""
         return type(self).__name__
 
     def body(self) -> str:
+        """What TP_printk makes of the fields."""
         return (
             f"mm={_pointer(self.mm)}, swapped_in={self.swapped_in},"
             f" referenced={self.referenced}, ret={self.ret}"

@@ -35,6 +35,7 @@ from pykhuge.mm.mm_types import (
 )
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import (
+    Pfns,
     PG_anon_exclusive,
     PG_locked,
     PG_lru,
@@ -106,7 +107,6 @@ __all__ = [
     "do_swap_page",
     "find_vma",
     "handle_mm_fault",
-    "vm_page_prot",
 ]
 
 BUS_ADRERR = 2
@@ -133,7 +133,7 @@ class SegmentationFault(Exception):
 
 
 class UserFault(WouldBlock):
-    """The task sleeps in handle_userfault() until its userfaultfd resolves the fault at `address`."""
+    """The task sleeps in handle_userfault() until its userfaultfd resolves `address`."""
 
     def __init__(self, address: int, kind: str) -> None:
         self.address = address
@@ -158,9 +158,8 @@ def find_vma(mm: Mm, addr: int) -> Vma | None:
     return None
 
 
-def vm_page_prot(vma: Vma) -> int:
-    """vm_page_prot of a private mapping: never writable, so that a write faults once."""
-    return PAGE_PRESENT | PAGE_USER | PAGE_ACCESSED
+# vm_page_prot of a private mapping: never writable, so that a write faults once.
+VM_PAGE_PROT = PAGE_PRESENT | PAGE_USER | PAGE_ACCESSED
 
 
 def handle_mm_fault(mem: Memory, mm: Mm, start: int, end: int, *, write: bool) -> Steps[None]:
@@ -251,7 +250,7 @@ def _do_anonymous_pages(mem: Memory, vma: Vma, addr: int, ptes: Ptes, write: boo
     if vma.vm_flags & VM_UFFD_MISSING:
         raise UserFault(addr, "missing")
     if not write:
-        ptes[:] = (mem.zero_pfn << PAGE_SHIFT) | vm_page_prot(vma) | PAGE_SPECIAL
+        ptes[:] = (mem.zero_pfn << PAGE_SHIFT) | VM_PAGE_PROT | PAGE_SPECIAL
         return
     anon_vma_prepare(mem, vma)
     pfns = new_user_pages(mem, vma, len(ptes))
@@ -261,7 +260,7 @@ def _do_anonymous_pages(mem: Memory, vma: Vma, addr: int, ptes: Ptes, write: boo
         raise OutOfMemory(f"no page for {addr + (len(pfns) << PAGE_SHIFT):#x} of {vma.mm.name}")
 
 
-def new_user_pages(mem: Memory, vma: Vma, nr: int) -> np.ndarray:
+def new_user_pages(mem: Memory, vma: Vma, nr: int) -> Pfns:
     """Up to `nr` pages, charged to the mm's cgroup."""
     memcg = vma.mm.memcg
     if memcg.key:
@@ -272,15 +271,13 @@ def new_user_pages(mem: Memory, vma: Vma, nr: int) -> np.ndarray:
     return pfns
 
 
-def map_new_pages(
-    mem: Memory, vma: Vma, addr: int, pfns: np.ndarray, ptes: Ptes, uffd_wp: bool = False
-) -> None:
+def map_new_pages(mem: Memory, vma: Vma, addr: int, pfns: Pfns, ptes: Ptes) -> None:
     """Map new pages writable where the VMA is; they wait in the LRU batch."""
     if not len(pfns):
         return
-    prot = vm_page_prot(vma)
+    prot = VM_PAGE_PROT
     if vma.vm_flags & VM_WRITE:
-        prot |= PAGE_DIRTY | PAGE_UFFD_WP if uffd_wp else PAGE_DIRTY | PAGE_RW
+        prot |= PAGE_DIRTY | PAGE_RW
     first = vma.linear_page_index(addr)
     page_add_new_anon_rmap(mem, pfns, vma, np.arange(first, first + len(pfns)))
     mem.mod_mm(vma.mm, MM_ANONPAGES, len(pfns))
@@ -314,7 +311,7 @@ def _do_huge_pmd_anonymous_page(mem: Memory, vma: Vma, addr: int, write: bool) -
         mm.pmd_tables[haddr >> PUD_SHIFT] = alloc_page_table(mem, mm)
     pgtable_trans_huge_deposit(mm, haddr, alloc_page_table(mem, mm))
     if head == mem.huge_zero_pfn:
-        set_pmd(mem, mm, haddr, (head << PAGE_SHIFT) | vm_page_prot(vma) | PAGE_PSE)
+        set_pmd(mem, mm, haddr, (head << PAGE_SHIFT) | VM_PAGE_PROT | PAGE_PSE)
     else:
         mem.ram.pages[head : head + HPAGE_PMD_NR] = 0
         map_new_huge_page(mem, vma, haddr, head)
@@ -325,8 +322,8 @@ def _do_huge_pmd_anonymous_page(mem: Memory, vma: Vma, addr: int, write: bool) -
 
 
 def map_new_huge_page(mem: Memory, vma: Vma, haddr: int, head: int) -> None:
-    """Map a new huge page by a PMD: exclusive, on its way to the LRU, dirty, writable if the VMA is."""
-    prot = vm_page_prot(vma) | PAGE_PSE | PAGE_DIRTY | (PAGE_RW if vma.vm_flags & VM_WRITE else 0)
+    """Map a new huge page by a PMD: exclusive, LRU, dirty, and writable if the VMA is."""
+    prot = VM_PAGE_PROT | PAGE_PSE | PAGE_DIRTY | (PAGE_RW if vma.vm_flags & VM_WRITE else 0)
     page_add_new_huge_anon_rmap(mem, head, vma, haddr)
     if vma.vm_flags & VM_LOCKED:
         mlock_page(mem, head)
@@ -396,15 +393,9 @@ def do_swap_page(
         ptes[slot] = 0  # a leftover uffd-wp marker: anonymous memory needs none
         return SwapFault.DONE
     entry = swp_offset(pte)
-    pfn = mem.swap.cache.get(entry)
+    pfn = _get_swap_page(mem, vma, addr, entry)
     if pfn is None:
-        pfn = swap_readpage(mem, entry, vma.mm.memcg, vma.mm.preferred_node)
-        if pfn is None:
-            raise OutOfMemory(f"no page to swap in {addr:#x} of {vma.mm.name}")
-    else:
-        if pages.flags[pfn] & PG_locked:
-            return SwapFault.RETRY
-        pages.refcount[pfn] += 1
+        return SwapFault.RETRY
     if not pages.flags[pfn] & PG_uptodate:
         put_pages(mem, np.array([pfn]))
         return SwapFault.SIGBUS
@@ -418,7 +409,7 @@ def do_swap_page(
     mem.mod_mm(vma.mm, MM_ANONPAGES, +1)
     mem.mod_mm(vma.mm, MM_SWAPENTS, -1)
     exclusive = exclusive or pages.refcount[pfn] == 1
-    prot = vm_page_prot(vma)
+    prot = VM_PAGE_PROT
     if exclusive and write and not pte & PAGE_SWP_UFFD_WP:
         prot |= PAGE_DIRTY | PAGE_RW
     if pte & PAGE_SWP_UFFD_WP:
@@ -426,6 +417,20 @@ def do_swap_page(
     page_add_anon_rmap(mem, pfn, vma, addr, exclusive=exclusive)
     ptes[slot] = (pfn << PAGE_SHIFT) | prot
     return SwapFault.DONE
+
+
+def _get_swap_page(mem: Memory, vma: Vma, addr: int, entry: int) -> int | None:
+    """The slot's page, from the swap cache or read anew, with a reference; None if it is locked."""
+    pfn = mem.swap.cache.get(entry)
+    if pfn is None:
+        pfn = swap_readpage(mem, entry, vma.mm.memcg, vma.mm.preferred_node)
+        if pfn is None:
+            raise OutOfMemory(f"no page to swap in {addr:#x} of {vma.mm.name}")
+    elif mem.pages.flags[pfn] & PG_locked:
+        return None
+    else:
+        mem.pages.refcount[pfn] += 1
+    return pfn
 
 
 def _should_try_to_free_swap(mem: Memory, vma: Vma, pfn: int, write: bool) -> bool:
@@ -460,7 +465,7 @@ def _do_wp_page(mem: Memory, vma: Vma, addr: int, ptes: Ptes, slot: int) -> None
     if pfn == mem.zero_pfn:
         mem.ram.pages[new] = 0
     else:
-        _copy_mc_user_page(mem, vma, addr, pfn, int(new[0]))
+        _copy_mc_user_page(mem, addr, pfn, int(new[0]))
         old = np.array([pfn])
         page_remove_rmap(mem, old, vma)
         mem.mod_mm(vma.mm, MM_ANONPAGES, -1)
@@ -493,7 +498,7 @@ def _wp_can_reuse(mem: Memory, vma: Vma, pfn: int) -> bool:
     return True
 
 
-def _copy_mc_user_page(mem: Memory, vma: Vma, addr: int, pfn: int, new: int) -> None:
+def _copy_mc_user_page(mem: Memory, addr: int, pfn: int, new: int) -> None:
     """Copy one page for copy-on-write; poison kills the task, not the host (since 6.2).
 
     Kernel: __wp_page_copy_user.

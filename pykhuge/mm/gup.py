@@ -42,7 +42,7 @@ class UserPages:
 
 
 def _grab(mem: Memory, pfn: int, *, pinned: bool) -> None:
-    """try_grab_page(): a compound page counts its pins apart, others in the refcount's upper part."""
+    """try_grab_page(): a compound page counts pins apart, others in the refcount's upper part."""
     head = mem.pages.head_of(pfn)
     compound = mem.pages.flags[head] & PG_head
     mem.pages.refcount[head] += GUP_PIN_COUNTING_BIAS if pinned and not compound else 1

@@ -37,7 +37,7 @@ from pykhuge.mm.mm_types import (
     Vma,
 )
 from pykhuge.mm.mmzone import Memory
-from pykhuge.mm.page import PG_anon_exclusive, PG_head, PG_tail
+from pykhuge.mm.page import Pfns, PG_anon_exclusive, PG_head, PG_tail
 from pykhuge.mm.page_alloc import alloc_pages, charge
 from pykhuge.mm.page_table import (
     PAGE_ACCESSED,
@@ -102,7 +102,7 @@ def os_error(number: int, text: str) -> OSError:
 
 
 def check_range(addr: int, length: int) -> int:
-    """Check an address range as system calls do. Returns: its end. Raises: OSError EINVAL or ENOMEM."""
+    """The end of an address range, checked as system calls do. Raises: OSError EINVAL, ENOMEM."""
     if addr % PAGE_SIZE:
         raise os_error(errno.EINVAL, f"addr={addr:#x}: allowed multiples of {PAGE_SIZE}")
     if length <= 0:
@@ -187,13 +187,14 @@ def isolate_vmas(mem: Memory, mm: Mm, start: int, end: int) -> list[Vma]:
     Kernel: split_vma; vma_adjust_trans_huge splits a huge PMD that the cut goes through.
     """
     for vma in vmas_in(mm, start, end):
+        part = vma
         for cut in (start, end):
-            if vma.vm_start < cut < vma.vm_end:
+            if part.vm_start < cut < part.vm_end:
                 pmd = pmd_of(mem, mm, cut)
                 if cut % HPAGE_PMD_SIZE and pmd and pmd_trans_huge(pmd):
-                    split_huge_pmd(mem, vma, cut)
-                upper = _split(mm, vma, cut)
-                vma = upper if cut == start else vma
+                    split_huge_pmd(mem, part, cut)
+                upper = _split(mm, part, cut)
+                part = upper if cut == start else part
     return vmas_in(mm, start, end)
 
 
@@ -527,7 +528,7 @@ def _needs_cow_for_dma(mem: Memory, vma: Vma, head: int) -> bool:
 
 
 def _copy_pte_range(mem: Memory, vma: Vma, copy: Vma, low: int, high: int) -> None:
-    """Copy one block's entries: present pages shared and write-protected, swap entries duplicated."""
+    """Copy one block's entries: pages shared and write-protected, swap entries duplicated."""
     source, pages = _ptes_of(mem, vma.mm, low, high), mem.pages
     if not source.any():
         return
@@ -546,7 +547,7 @@ def _copy_pte_range(mem: Memory, vma: Vma, copy: Vma, low: int, high: int) -> No
     target[zero] = source[zero] & np.uint64(~(PAGE_RW | PAGE_UFFD_WP) & (1 << 64) - 1)
     shared = present[pte_pfns(source[present]) != mem.zero_pfn]
     if vma.mm.flags & MMF_HAS_PINNED:
-        shared = _copy_pinned(mem, vma, copy, low, source, target, shared)
+        shared = _copy_pinned(mem, copy, low, source, target, shared)
     pfns = pte_pfns(source[shared])
     heads = np.where(pages.flags[pfns] & np.uint32(PG_tail), pfns & -HPAGE_PMD_NR, pfns)
     np.add.at(pages.refcount, heads, 1)
@@ -558,8 +559,8 @@ def _copy_pte_range(mem: Memory, vma: Vma, copy: Vma, low: int, high: int) -> No
 
 
 def _copy_pinned(
-    mem: Memory, vma: Vma, copy: Vma, low: int, source: Ptes, target: Ptes, shared: np.ndarray
-) -> np.ndarray:
+    mem: Memory, copy: Vma, low: int, source: Ptes, target: Ptes, shared: Pfns
+) -> Pfns:
     """Give the child its own copy of exclusive pages that may be pinned; returns the rest.
 
     The copy here is not machine-check safe (copy_user_highpage): poison met by it kills the host.

@@ -82,6 +82,7 @@ class AnonVma:
 
     @property
     def lock(self) -> RwSem:
+        """The lock of the whole family: the root's."""
         return (self.root or self).rwsem
 
 
@@ -107,6 +108,7 @@ class Vma:
     userfaultfd_ctx: Userfaultfd | None = None
 
     def linear_page_index(self, addr: int) -> int:
+        """page->index of the page at `addr`."""
         return self.vm_pgoff + ((addr - self.vm_start) >> PAGE_SHIFT)
 
     def address_of(self, index: int) -> int:
@@ -114,6 +116,7 @@ class Vma:
         return self.vm_start + ((index - self.vm_pgoff) << PAGE_SHIFT)
 
     def userfaultfd_armed(self) -> bool:
+        """Whether a userfaultfd watches it for anything."""
         return bool(self.vm_flags & VM_UFFD_FLAGS)
 
     def __str__(self) -> str:

@@ -202,6 +202,7 @@ class Memory:
         return self.panic
 
     def is_device(self, pfn: int) -> bool:
+        """is_zone_device_page()."""
         return bool(self.pages.flags[pfn] & PG_zone_device)
 
     def next_pid(self) -> int:

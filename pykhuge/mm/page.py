@@ -105,6 +105,7 @@ class Pages:
         self.lru_seq = cast("npt.NDArray[np.int64]", field(np.int64))
 
     def is_compound(self, pfn: int) -> bool:
+        """PageCompound(): head or tail."""
         return bool(self.flags[pfn] & (PG_head | PG_tail))
 
     def compound_nr(self, pfn: int) -> int:
@@ -127,7 +128,7 @@ class Pages:
         return int(self.entire_mapcount[head] + self.mapcount[head : head + HPAGE_PMD_NR].sum())
 
     def maybe_dma_pinned(self, head: int) -> bool:
-        """page_maybe_dma_pinned(): exact for compound pages, a guess from the refcount for others."""
+        """page_maybe_dma_pinned(): exact for compound pages, else a guess from the refcount."""
         if self.flags[head] & PG_head:
             return bool(self.pincount[head] > 0)
         return bool(self.refcount[head] >= GUP_PIN_COUNTING_BIAS)

@@ -1,8 +1,8 @@
 """The page allocator: orders 0 and 9, by node, and the memory cgroup charge.
 
 A frame is free when its refcount and flags are both 0, so nothing has to be kept but the number of
-used frames of each 2 MiB block. Single frames come from the first block that is already broken into;
-an order-9 page needs a block of which nothing is used, so fragmentation is real. There is no
+used frames of each 2 MiB block. Single frames come from the first block that is already broken
+into; an order-9 page needs a block of which nothing is used, so fragmentation is real. There is no
 compaction and no reclaim.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import numpy as np
+import numpy.typing as npt
 
 from pykhuge.hw.memory import HPAGE_PMD_NR
 from pykhuge.kernel.panic import KernelBug
@@ -28,6 +29,8 @@ __all__ = [
     "uncharge",
     "zonelist",
 ]
+
+Mask = npt.NDArray[np.bool_]
 
 U_HEAD = np.uint32(PG_head)
 U_TAIL = np.uint32(PG_tail)
@@ -84,14 +87,15 @@ def alloc_huge_page(
 
 
 def free_pages(mem: Memory, pfns: Pfns) -> None:
-    """Give base pages (int64[n], distinct) back: their charge is returned, their flags and
-    mapping zeroed. (Index and list order mean nothing without these.)
+    """Give base pages back: their charge is returned, their flags and mapping are zeroed.
 
-    Raises: KernelBug for a page still referenced or mapped.
+    Args:
+        pfns: int64[n], distinct, with refcount 0. Index and list order mean nothing in a free page.
+    Raises: KernelBug for a page still mapped.
     """
     pages = mem.pages
-    if np.count_nonzero(pages.mapcount[pfns]) or np.count_nonzero(pages.refcount[pfns]):
-        raise KernelBug(*(f"page {pfn:#x} is freed while in use" for pfn in _in_use(mem, pfns)))
+    if np.count_nonzero(pages.mapcount[pfns]):
+        raise KernelBug(*(f"page {pfn:#x} is freed while mapped" for pfn in pfns.tolist()))
     _uncharge_pages(mem, pfns)
     pages.flags[pfns] = 0
     pages.mapping[pfns] = 0
@@ -133,7 +137,7 @@ def free_huge_page(mem: Memory, head: int) -> None:
 
 
 def charge(mem: Memory, memcg: MemCgroup, nr: int) -> bool:
-    """mem_cgroup_charge(): take `nr` pages of the limit, all or none. Says whether it was granted."""
+    """mem_cgroup_charge(): take `nr` pages of the limit, all or none; says whether it could."""
     if memcg.key == 0:
         return True
     if memcg.usage + nr > memcg.limit:
@@ -151,6 +155,8 @@ def uncharge(mem: Memory, key: int, nr: int) -> None:
 
 
 def _uncharge_pages(mem: Memory, pfns: Pfns) -> None:
+    if len(mem.memcgs) == 1:
+        return
     charged = mem.pages.memcg[pfns]
     if np.count_nonzero(charged):
         for key, nr in enumerate(np.bincount(charged).tolist()):
@@ -165,7 +171,7 @@ def _first_broken_block(node: Node) -> int | None:
     return block if block is not None else _first_block(node, used == 0)
 
 
-def _first_block(node: Node, free: np.ndarray) -> int | None:
+def _first_block(node: Node, free: Mask) -> int | None:
     """The first block marked free, else one never used; `high` covers it then."""
     block = _first(free)
     if block is None and node.high < node.nr_blocks:
@@ -174,16 +180,12 @@ def _first_block(node: Node, free: np.ndarray) -> int | None:
     return block
 
 
-def _first(mask: np.ndarray) -> int | None:
+def _first(mask: Mask) -> int | None:
     index = int(mask.argmax()) if len(mask) else 0
     return index if len(mask) and mask[index] else None
 
 
-def _free_in(mem: Memory, start: int) -> np.ndarray:
+def _free_in(mem: Memory, start: int) -> Mask:
     whole = slice(start, start + HPAGE_PMD_NR)
-    return (mem.pages.refcount[whole] == 0) & (mem.pages.flags[whole] == 0)
-
-
-def _in_use(mem: Memory, pfns: Pfns) -> list[int]:
-    used = (mem.pages.refcount[pfns] != 0) | (mem.pages.mapcount[pfns] != 0)
-    return [int(pfn) for pfn in pfns[used]]
+    free: Mask = (mem.pages.refcount[whole] == 0) & (mem.pages.flags[whole] == 0)
+    return free

@@ -64,6 +64,7 @@ U_PAGE_SHIFT = np.uint64(PAGE_SHIFT)
 
 
 def pte_pfn(pte: int) -> int:
+    """Page frame number of a present word, PTE or PMD."""
     return (pte & PFN_MASK) >> PAGE_SHIFT
 
 
@@ -78,6 +79,7 @@ def pfn_ptes(pfns: npt.NDArray[np.int64], prot: int) -> Ptes:
 
 
 def pmd_trans_huge(pmd: int) -> bool:
+    """Whether the PMD maps a huge page instead of pointing to a table."""
     return bool(pmd & PAGE_PSE)
 
 
@@ -94,14 +96,17 @@ def is_swap_pte(pte: int) -> bool:
 
 def is_swap_ptes(ptes: Ptes) -> npt.NDArray[np.bool_]:
     """`is_swap_pte` of many. Returns: bool[n]."""
-    return (ptes != 0) & (ptes & U_PRESENT == 0)
+    result: npt.NDArray[np.bool_] = (ptes != 0) & (ptes & U_PRESENT == 0)
+    return result
 
 
 def swp_type(pte: int) -> int:
+    """The swap file of a swap-type word, or its SWP_* kind."""
     return pte >> SWP_TYPE_SHIFT
 
 
 def swp_offset(pte: int) -> int:
+    """The slot of a swap-type word."""
     return ~(pte >> SWP_OFFSET_SHIFT) & SWP_OFFSET_MASK
 
 

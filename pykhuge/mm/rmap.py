@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.mm.mm_types import VM_LOCKED, AnonVma, Mm, Vma
@@ -74,7 +75,7 @@ def anon_vma_new(mem: Memory, root: AnonVma | None = None) -> AnonVma:
 
 
 def anon_vma_prepare(mem: Memory, vma: Vma) -> None:
-    """Give `vma` an anon_vma before its first anonymous page: a mergeable neighbour's, or a new one."""
+    """Give `vma` an anon_vma before its first page: a mergeable neighbour's, or a new one."""
     if vma.anon_vma is not None:
         return
     anon_vma = _mergeable_anon_vma(vma) or anon_vma_new(mem)
@@ -187,9 +188,10 @@ def page_remove_rmap(mem: Memory, pfns: Pfns, vma: Vma) -> None:
         munlock_pages(mem, pfns[~pages_compound(mem, pfns)])
 
 
-def pages_compound(mem: Memory, pfns: Pfns) -> np.ndarray:
+def pages_compound(mem: Memory, pfns: Pfns) -> npt.NDArray[np.bool_]:
     """PageCompound() of many. Returns: bool[n]."""
-    return mem.pages.flags[pfns] & np.uint32(PG_head | PG_tail) != 0
+    compound: npt.NDArray[np.bool_] = mem.pages.flags[pfns] & np.uint32(PG_head | PG_tail) != 0
+    return compound
 
 
 def page_remove_huge_rmap(mem: Memory, head: int, vma: Vma) -> None:
@@ -205,7 +207,7 @@ def page_remove_huge_rmap(mem: Memory, head: int, vma: Vma) -> None:
 
 
 def mlock_page(mem: Memory, head: int) -> None:
-    """mlock_folio(): PG_mlocked, and onto the unevictable list. At once: mlock has no batch here."""
+    """mlock_folio(): PG_mlocked, and onto the unevictable list at once: mlock has no batch here."""
     pages = mem.pages
     flags = int(pages.flags[head])
     if flags & PG_mlocked:
@@ -244,12 +246,12 @@ def _still_mlocked(mem: Memory, head: int) -> bool:
 
 
 class Mapping(NamedTuple):
-    """One entry that maps a page: at `addr` of `vma`, by PTE `index` of `table`, or by a PMD (-1)."""
+    """One entry that maps a page: at `addr` of `vma`, PTE `slot` of `table`, or a PMD (-1)."""
 
     vma: Vma
     addr: int
     table: int
-    index: int
+    slot: int
 
 
 def page_mappings(mem: Memory, pfn: int) -> Iterator[Mapping]:

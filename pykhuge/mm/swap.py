@@ -76,17 +76,19 @@ def isolated_item(flags: int) -> int:
 def lru_cache_add(mem: Memory, pfns: Pfns) -> None:
     """Put pages into this CPU's batch, which takes over one reference of each.
 
-    pfns: int64[n], base pages or heads, in the order in which they go onto the list. Full batches of
-    15 go onto their lists at once; the rest stays in the batch (folio_add_lru).
+    pfns: int64[n], base pages or heads, in the order in which they go onto the list. Full batches
+    of 15 go onto their lists at once; the rest stays in the batch (folio_add_lru).
     """
     batch = mem.lru_batches[mem.sched.current.cpu]
     if len(pfns) == 1 and not mem.pages.flags[pfns[0]] & U_HEAD and len(batch) < PAGEVEC_SIZE - 1:
         batch.append(int(pfns[0]))
         return
-    heads = np.flatnonzero(mem.pages.flags[pfns] & U_HEAD)
     waiting = np.concatenate([np.array(batch, np.int64), pfns]) if batch else pfns
-    # A compound page flushes the batch it joins, so the count begins anew behind the last one.
-    start = len(batch) + int(heads[-1]) + 1 if len(heads) else 0
+    start = 0
+    if np.bitwise_or.reduce(mem.pages.flags[pfns]) & U_HEAD:
+        # A compound page flushes the batch it joins, so the count begins anew behind the last one.
+        heads = np.flatnonzero(mem.pages.flags[waiting] & U_HEAD)
+        start = int(heads[-1]) + 1
     flush = start + (len(waiting) - start) // PAGEVEC_SIZE * PAGEVEC_SIZE
     batch[:] = waiting[flush:].tolist()
     if flush:
@@ -161,13 +163,13 @@ def lru_pages(mem: Memory, item: int) -> Pfns:
     return own[np.argsort(mem.pages.lru_seq[own], kind="stable")]
 
 
-def _used_flags(mem: Memory, nid: int) -> np.ndarray:
+def _used_flags(mem: Memory, nid: int) -> Flags:
     node = mem.nodes[nid]
     return mem.pages.flags[node.start_pfn : node.start_pfn + node.high * HPAGE_PMD_NR]
 
 
 def _lru_add(mem: Memory, pfns: Pfns) -> None:
-    """A batch reaches the lists: its references are dropped, and pages nobody else has are freed."""
+    """A batch reaches the lists: its references are dropped, pages nobody else has are freed."""
     pages = mem.pages
     left = pages.refcount[pfns] - 1
     pages.refcount[pfns] = left

@@ -81,8 +81,10 @@ def add_to_swap(mem: Memory, pfn: int, slot: int) -> None:
 
 
 def swap_writepage(mem: Memory, pfn: int) -> bool:
-    """Write a page of the swap cache to its slot. The device reads it by DMA: a poisoned line fails
-    the write, and the page stays dirty in the cache. Says whether it was written.
+    """Write a page of the swap cache to its slot; says whether that went well.
+
+    The device reads it by DMA: a poisoned line fails the write, and the page stays dirty in the
+    cache.
     """
     if mem.poison.lines[pfn]:
         mem.printk(f"Write-error on swap-device (slot {int(mem.pages.private[pfn])})")
@@ -133,7 +135,7 @@ def delete_from_swap_cache(mem: Memory, pfn: int) -> None:
 
 
 def free_swap_cache(mem: Memory, pfns: Pfns) -> None:
-    """free_swap_cache(): pages that nothing maps, and whose slot no entry names, leave the cache."""
+    """free_swap_cache(): pages that nothing maps and whose slot no entry names leave the cache."""
     cached = pfns[mem.pages.flags[pfns] & np.uint32(PG_swapcache) != 0]
     for pfn in cached.tolist():
         locked = mem.pages.flags[pfn] & PG_locked

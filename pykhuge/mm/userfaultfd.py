@@ -1,4 +1,4 @@
-"""userfaultfd: ranges whose faults a program answers itself (fs/userfaultfd.c, mm/userfaultfd.c)."""
+"""userfaultfd: ranges whose faults a program answers itself (mm/userfaultfd.c)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from pykhuge.hw.memory import PAGE_SHIFT, PAGE_SIZE
 from pykhuge.kernel.locking import READ, WRITE
 from pykhuge.kernel.sched import Acquire, Release, Steps
-from pykhuge.mm.fault import access_vma, map_new_pages, new_user_pages, pte_table, vm_page_prot
+from pykhuge.mm.fault import VM_PAGE_PROT, access_vma, map_new_pages, new_user_pages, pte_table
 from pykhuge.mm.huge_memory import OutOfMemory
 from pykhuge.mm.mm import (
     change_flags,
@@ -93,10 +93,8 @@ def uffd_zeropage(mem: Memory, mm: Mm, addr: int, length: int) -> Steps[None]:
     yield Acquire(mm.mmap_lock, READ)
     try:
         for page in range(addr, end, PAGE_SIZE):
-            vma, table, place = _missing(mem, mm, page)
-            mem.ram.words[table, place] = (
-                (mem.zero_pfn << PAGE_SHIFT) | vm_page_prot(vma) | PAGE_SPECIAL
-            )
+            _, table, place = _missing(mem, mm, page)
+            mem.ram.words[table, place] = (mem.zero_pfn << PAGE_SHIFT) | VM_PAGE_PROT | PAGE_SPECIAL
     finally:
         mm.mmap_lock.unlock(mem.sched.current)
 
@@ -125,7 +123,7 @@ def _missing(mem: Memory, mm: Mm, addr: int) -> tuple[Vma, int, int]:
 
 
 def uffd_writeprotect(mem: Memory, mm: Mm, addr: int, length: int, *, protect: bool) -> Steps[None]:
-    """UFFDIO_WRITEPROTECT: protect what is mapped in the range, or lift it. Absent pages stay absent."""
+    """UFFDIO_WRITEPROTECT: protect what is mapped in the range, or lift it."""
     end = check_range(addr, length)
     yield Acquire(mm.mmap_lock, READ)
     try:

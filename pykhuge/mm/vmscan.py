@@ -162,7 +162,7 @@ def _unmap_to_swap(mem: Memory, vma: Vma, ptes: Ptes, place: int, pfn: int, slot
 
 
 def _discard_lazyfree(mem: Memory, vma: Vma, ptes: Ptes, place: int, pfn: int) -> None:
-    """A lazily freed page is dropped if it is still clean; a dirty one becomes swap-backed again."""
+    """A lazily freed page is dropped if still clean; a dirty one becomes swap-backed again."""
     pages = mem.pages
     if int(ptes[place]) & PAGE_DIRTY or pages.refcount[pfn] != 1:
         flags = int(pages.flags[pfn])
