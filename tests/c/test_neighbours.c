@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -28,6 +29,8 @@ static char *bad; /* cannot be read */
 static volatile sig_atomic_t calls;
 static volatile int last_code;
 static void *volatile last_address;
+static volatile uintptr_t last_frame;
+static sigset_t last_mask;
 static struct sigaction saved;
 static sigjmp_buf way_out;
 
@@ -48,6 +51,8 @@ static void remember(const siginfo_t *info)
 	calls++;
 	last_code = info->si_code;
 	last_address = info->si_addr;
+	last_frame = (uintptr_t)__builtin_frame_address(0);
+	pthread_sigmask(SIG_BLOCK, NULL, &last_mask);
 }
 
 static void returning(int signo, siginfo_t *info, void *context)
@@ -153,7 +158,7 @@ static void earlier_handlers_signal_mask_is_honoured(void)
 	sigaction(SIGBUS, &action, NULL);
 	survives();
 	kill(getpid(), SIGBUS);
-	CHECK(calls == 1);
+	CHECK(calls == 1 && sigismember(&last_mask, SIGBUS) && sigismember(&last_mask, SIGUSR1));
 	pthread_sigmask(SIG_BLOCK, NULL, &now);
 	CHECK(!sigismember(&now, SIGBUS) && !sigismember(&now, SIGUSR1));
 }
@@ -239,14 +244,60 @@ static void many_later_handlers(void)
 	CHECK(calls == 1);
 }
 
-static void warning_about_memory_nobody_reads_is_not_ours(void)
+/* Linked with --wrap=syscall: other signals arrive in the middle of a copy, from where it sends its own. */
+static siginfo_t *in_between;
+long __real_syscall(long number, ...);
+long __wrap_syscall(long number, ...);
+
+long __wrap_syscall(long number, ...)
 {
-	siginfo_t info = {.si_signo = SIGBUS, .si_code = BUS_MCEERR_AO};
+	long a[4];
+	va_list list;
+	va_start(list, number);
+	for (int i = 0; i < 4; i++)
+		a[i] = va_arg(list, long);
+	va_end(list);
+	if (in_between && number == SYS_rt_tgsigqueueinfo)
+		__real_syscall(number, a[0], a[1], a[2], in_between);
+	return __real_syscall(number, a[0], a[1], a[2], a[3]);
+}
+
+static void arrives_during_a_copy(int code)
+{
+	siginfo_t info = {.si_signo = SIGBUS, .si_code = code};
+	info.si_addr = page + LINE;
 	set(returning, 0, NULL);
 	survives();
-	info.si_addr = page;
-	syscall(SYS_rt_tgsigqueueinfo, getpid(), syscall(SYS_gettid), SIGBUS, &info);
-	CHECK(calls == 1 && last_code == BUS_MCEERR_AO);
+	in_between = &info;
+	CHECK(pykhuge_copy_mc_page(target, page, 2) == PAGE - LINE);
+	CHECK(calls == 1 && last_code == code);
+	CHECK(pykhuge_last_machine_check()->code == BUS_MCEERR_AR);
+}
+
+static void signal_sent_by_sigqueue_during_a_copy_is_not_ours(void)
+{
+	arrives_during_a_copy(SI_QUEUE);
+}
+
+static void signal_sent_by_tgkill_during_a_copy_is_not_ours(void)
+{
+	arrives_during_a_copy(SI_TKILL);
+}
+
+static void warning_about_memory_nobody_reads_is_not_ours(void)
+{
+	arrives_during_a_copy(BUS_MCEERR_AO);
+}
+
+static void fault_elsewhere_during_a_copy_is_not_ours(void)
+{
+	siginfo_t info = {.si_signo = SIGBUS, .si_code = BUS_ADRERR};
+	info.si_addr = bad;
+	set(returning, 0, NULL);
+	survives();
+	in_between = &info;
+	CHECK(pykhuge_copy_mc_page(target, page, 2) == PAGE - LINE);
+	CHECK(calls == 1 && last_address == bad);
 }
 
 static void blocked_signal_does_not_stop_a_simulated_machine_check(void)
@@ -259,6 +310,7 @@ static void blocked_signal_does_not_stop_a_simulated_machine_check(void)
 		CHECK(pykhuge_copy_mc_page(target, page, 1) == PAGE);
 	pthread_sigmask(SIG_BLOCK, NULL, &now);
 	CHECK(sigismember(&now, SIGBUS));
+	pthread_sigmask(SIG_UNBLOCK, &sigbus, NULL); /* none is left waiting to kill us */
 }
 
 static void signal_is_not_left_blocked(void)
@@ -284,8 +336,11 @@ static void alternate_stack_is_used_and_kept(void)
 		stack_t now, ours = {.ss_size = 1 << 16, .ss_sp = malloc(1 << 16)};
 		ours.ss_flags = autodisarm ? (int)SS_AUTODISARM : 0;
 		CHECK(sigaltstack(&ours, NULL) == 0);
+		set(returning, SA_ONSTACK, NULL);
 		survives();
 		survives();
+		kill(getpid(), SIGBUS);
+		CHECK(last_frame - (uintptr_t)ours.ss_sp < ours.ss_size);
 		CHECK(sigaltstack(NULL, &now) == 0);
 		CHECK(now.ss_sp == ours.ss_sp && now.ss_size == ours.ss_size && !(now.ss_flags & SS_DISABLE));
 		ours.ss_flags = SS_DISABLE;
@@ -401,7 +456,10 @@ int main(void)
 	RUN_TO_DEATH(ignored_fault_kills_as_the_kernel_would);
 	RUN(ignored_kill_stays_ignored);
 	RUN(many_later_handlers);
+	RUN(signal_sent_by_sigqueue_during_a_copy_is_not_ours);
+	RUN(signal_sent_by_tgkill_during_a_copy_is_not_ours);
 	RUN(warning_about_memory_nobody_reads_is_not_ours);
+	RUN(fault_elsewhere_during_a_copy_is_not_ours);
 	RUN(blocked_signal_does_not_stop_a_simulated_machine_check);
 	RUN(signal_is_not_left_blocked);
 	RUN(alternate_stack_is_used_and_kept);

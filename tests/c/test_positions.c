@@ -19,9 +19,17 @@ static char source[4 * PAGE] __attribute__((aligned(4096)));
 static char target[4 * PAGE] __attribute__((aligned(4096)));
 
 /* Linked with --wrap=syscall: simulated machine checks can be reported as coarsely as the kernel does. */
-static int coarse;
+enum { EXACT, PAGE_START, PAGE_END, NR_REPORTS };
+static int report;
 long __real_syscall(long number, ...);
 long __wrap_syscall(long number, ...);
+
+static void coarsen(siginfo_t *info)
+{
+	uintptr_t start = (uintptr_t)info->si_addr & ~(uintptr_t)(PAGE - 1);
+	info->si_addr = (void *)(report == PAGE_START ? start : start + PAGE - 1);
+	info->si_addr_lsb = 12;
+}
 
 long __wrap_syscall(long number, ...)
 {
@@ -31,11 +39,8 @@ long __wrap_syscall(long number, ...)
 	for (int i = 0; i < 4; i++)
 		a[i] = va_arg(list, long);
 	va_end(list);
-	if (coarse && number == SYS_rt_tgsigqueueinfo) {
-		siginfo_t *info = (siginfo_t *)(uintptr_t)a[3];
-		info->si_addr = (void *)((uintptr_t)info->si_addr & ~(uintptr_t)(PAGE - 1));
-		info->si_addr_lsb = 12;
-	}
+	if (report != EXACT && number == SYS_rt_tgsigqueueinfo)
+		coarsen((siginfo_t *)(uintptr_t)a[3]);
 	return __real_syscall(number, a[0], a[1], a[2], a[3]);
 }
 
@@ -100,7 +105,7 @@ static void simulated_source_faults(void)
 			expect(pykhuge_copy_mc_bytes(target + to, source + from, nr_bytes, &bad_lines),
 			       target + to, source + from, nr_bytes, line * LINE);
 			CHECK(pykhuge_last_machine_check()->address == (uintptr_t)source + from + line * LINE ||
-			      coarse);
+			      report != EXACT);
 		}
 	}
 }
@@ -222,13 +227,13 @@ int main(void)
 			genuine_source_faults(poisoned, is_poison_code);
 			genuine_destination_faults(poisoned);
 		}
-		for (coarse = 0; coarse < 2; coarse++) {
+		for (report = 0; report < NR_REPORTS; report++) {
 			simulated_source_faults();
 			runs_of_several_pages();
 			every_line_of_a_page();
 			frames(poisoned ? poisoned : truncated);
 		}
-		coarse = 0;
+		report = EXACT;
 		bad_line_past_a_short_run();
 		printf("%s: ok%s\n", name, poisoned ? "" : " (no UFFDIO_POISON)");
 	}
