@@ -80,7 +80,7 @@ from pykhuge.mm.rmap import (
     pmd_of,
     set_pmd,
 )
-from pykhuge.mm.swap import lru_add_drain, lru_cache_add, put_pages
+from pykhuge.mm.swap import lru_add_drain, lru_add_huge_page, lru_cache_add, put_pages
 from pykhuge.mm.swap_state import (
     delete_from_swap_cache,
     folio_swapped,
@@ -327,8 +327,7 @@ def map_new_huge_page(mem: Memory, vma: Vma, haddr: int, head: int) -> None:
     page_add_new_huge_anon_rmap(mem, head, vma, haddr)
     if vma.vm_flags & VM_LOCKED:
         mlock_page(mem, head)
-    mem.pages.refcount[head] += 1
-    lru_cache_add(mem, np.array([head]))
+    lru_add_huge_page(mem, head)
     set_pmd(mem, vma.mm, haddr, (head << PAGE_SHIFT) | prot)
 
 

@@ -41,6 +41,7 @@ __all__ = [
     "isolated_item",
     "lru_add_drain",
     "lru_add_drain_all",
+    "lru_add_huge_page",
     "lru_cache_add",
     "lru_item",
     "lru_pages",
@@ -93,6 +94,19 @@ def lru_cache_add(mem: Memory, pfns: Pfns) -> None:
     batch[:] = waiting[flush:].tolist()
     if flush:
         _lru_add(mem, waiting[:flush])
+
+
+def lru_add_huge_page(mem: Memory, head: int) -> None:
+    """Put a compound page that somebody refers to onto its list.
+
+    It flushes the batch it joins, so the batch's own reference to it comes and goes at once.
+    """
+    lru_add_drain(mem)
+    flags = int(mem.pages.flags[head])
+    mem.pages.flags[head] = flags | PG_lru
+    mem.pages.lru_seq[head] = mem.lru_clock
+    mem.lru_clock += 1
+    mem.mod_page(lru_item(flags), head, HPAGE_PMD_NR)
 
 
 def lru_add_drain(mem: Memory, cpu: int | None = None) -> None:
