@@ -22,7 +22,7 @@ from pykhuge.kernel.sched import Acquire, Release, Steps, Task, steps
 from pykhuge.khugepaged.control import CollapseControl, KhugepagedSettings
 from pykhuge.khugepaged.madvise import madvise_collapse
 from pykhuge.mm import userfaultfd
-from pykhuge.mm.fault import BUS_MCEERR_AR, BusError, access_vma, handle_mm_fault
+from pykhuge.mm.fault import BUS_MCEERR_AR, BusError, access_vma, find_vma, handle_mm_fault
 from pykhuge.mm.gup import UserPages, follow_page, get_user_pages
 from pykhuge.mm.mm import (
     change_flags,
@@ -50,6 +50,7 @@ from pykhuge.mm.mm_types import (
     VM_WRITE,
     MemCgroup,
     Mm,
+    MmuNotifier,
     Userfaultfd,
     Vma,
 )
@@ -292,8 +293,10 @@ class Process:
             bits, cleared = _FLAGS[advice]
             change_flags(self.mem, self.mm, start, end, lambda vma: vma.vm_flags & ~cleared | bits)
             return
-        for vma in vmas_in(self.mm, start, end):
+        # Looked up one by one: a collapse drops mmap_lock, and the VMAs may be others afterwards.
+        while (vma := find_vma(self.mm, start)) is not None and vma.vm_start < end:
             low, high = max(start, vma.vm_start), min(end, vma.vm_end)
+            start = high
             if advice is Advice.MADV_COLLAPSE:
                 cc = CollapseControl(is_khugepaged=False, settings=self.settings)
                 yield from madvise_collapse(self.mem, vma, low, high, cc)
@@ -442,6 +445,10 @@ class Process:
             )
         self.mem.poison.poison(pfn, (addr % PAGE_SIZE) >> LINE_SHIFT if line is None else line)
         return pfn
+
+    def register_mmu_notifier(self, notifier: MmuNotifier) -> None:
+        """Let a secondary MMU know of page-table changes that a collapse makes."""
+        self.mm.mmu_notifiers.append(notifier)
 
     def is_huge(self, addr: int) -> bool:
         """Whether a huge PMD maps `addr`."""

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pykhuge.hw.memory import HPAGE_PMD_NR, PAGE_SIZE
+from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SIZE
 from pykhuge.kernel.locking import READ, WRITE
 from pykhuge.kernel.sched import Acquire, Preempt, Release, Steps
 from pykhuge.khugepaged.alloc import alloc_charge_hpage
 from pykhuge.khugepaged.control import CollapseControl
-from pykhuge.khugepaged.ptes import BlockOfPtes, FirstFailure
+from pykhuge.khugepaged.ptes import BlockOfPtes, Bools, FirstFailure
 from pykhuge.khugepaged.revalidate import (
     check_pmd_still_valid,
     find_pmd_or_thp_or_none,
@@ -145,9 +145,8 @@ def _collapse_locked(
     mm, anon_vma_lock, table = vma.mm, vma.anon_vma.lock, mem.ram.words[pte_pfn(pmd)]
     yield Acquire(anon_vma_lock, WRITE)
     with mm.page_table_lock:
-        set_pmd(mem, mm, addr, 0)
-        mm.detached[addr] = pmd
-        isolated = _collapse_huge_page_isolate(mem, table, vma, cc)
+        _pmdp_collapse_flush(mem, mm, addr, pmd)
+        isolated = _collapse_huge_page_isolate(mem, table, vma, addr, cc)
     if isolated.result is not ScanResult.SCAN_SUCCEED:
         with mm.page_table_lock:
             _restore_pmd(mem, mm, addr, pmd)
@@ -170,6 +169,17 @@ def _collapse_locked(
     return result
 
 
+def _pmdp_collapse_flush(mem: Memory, mm: Mm, addr: int, pmd: int) -> None:
+    """Take the PMD out, and out of TLBs and secondary MMUs; faults wait on mmap_lock from now."""
+    for notifier in mm.mmu_notifiers:
+        notifier.invalidate_range_start(addr, addr + HPAGE_PMD_SIZE)
+    set_pmd(mem, mm, addr, 0)
+    mm.detached[addr] = pmd
+    mm.tlb_gen += 1
+    for notifier in mm.mmu_notifiers:
+        notifier.invalidate_range_end(addr, addr + HPAGE_PMD_SIZE)
+
+
 def _restore_pmd(mem: Memory, mm: Mm, addr: int, pmd: int) -> None:
     """pmd_populate(): point the PMD to its page table again."""
     del mm.detached[addr]
@@ -177,7 +187,7 @@ def _restore_pmd(mem: Memory, mm: Mm, addr: int, pmd: int) -> None:
 
 
 def _collapse_huge_page_isolate(
-    mem: Memory, table: Ptes, vma: Vma, cc: CollapseControl
+    mem: Memory, table: Ptes, vma: Vma, addr: int, cc: CollapseControl
 ) -> Isolated:
     """Lock and isolate every page of the block, or none.
 
@@ -192,7 +202,8 @@ def _collapse_huge_page_isolate(
     if len(accepted):
         isolate_lru_pages(mem, accepted, PG_locked)
     result = failure.result
-    writable, referenced = block.writable(nr), block.referenced(nr, cc)
+    writable = block.writable(nr)
+    referenced = block.referenced(nr, cc, _test_young(vma, addr, block))
     if result is ScanResult.SCAN_SUCCEED and not writable:
         result = ScanResult.SCAN_PAGE_RO
     elif result is ScanResult.SCAN_SUCCEED and cc.is_khugepaged and not referenced:
@@ -227,6 +238,15 @@ def _first_failure(mem: Memory, block: BlockOfPtes, vma: Vma, cc: CollapseContro
     elif failure.result is ScanResult.SCAN_EXCEED_SHARED_PTE:
         mem.vmstat.count(THP_SCAN_EXCEED_SHARED_PTE)
     return failure
+
+
+def _test_young(vma: Vma, addr: int, block: BlockOfPtes) -> Bools | bool:
+    """mmu_notifier_test_young() of each mapped entry."""
+    notifiers = vma.mm.mmu_notifiers
+    if not notifiers:
+        return False
+    addrs = (addr + block.mapped * PAGE_SIZE).tolist()
+    return np.array([any(notifier.test_young(each) for notifier in notifiers) for each in addrs])
 
 
 def _accepted(block: BlockOfPtes, nr: int) -> Pfns:

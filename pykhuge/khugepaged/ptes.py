@@ -164,14 +164,18 @@ class BlockOfPtes:
         """How many mapped entries lie below place `stop`."""
         return len(self.mapped) if stop == HPAGE_PMD_NR else int(np.searchsorted(self.mapped, stop))
 
-    def referenced(self, nr: int, cc: CollapseControl) -> int:
-        """How many of the first `nr` mapped entries were used lately; the daemon alone asks."""
+    def referenced(self, nr: int, cc: CollapseControl, notified: Bools | bool) -> int:
+        """How many of the first `nr` mapped entries were used lately; the daemon alone asks.
+
+        notified: what mmu_notifier_test_young() says, of each mapped entry or of all.
+        """
         if not cc.is_khugepaged:
             return 0
         if self.all_ptes & PAGE_ACCESSED:
             return nr
         young = self.ptes[:nr] & U_ACCESSED != 0
         young |= self.flags[:nr] & U_REFERENCED != 0
+        young |= notified if isinstance(notified, bool) else notified[:nr]
         return int(np.count_nonzero(young))
 
     def writable(self, nr: int) -> bool:

@@ -73,7 +73,7 @@ def khugepaged_scan_block(mem: Memory, mm: Mm, addr: int, cc: CollapseControl) -
     result, mmap_locked = yield from hpage_collapse_scan_pmd(mem, vma, addr, cc)
     if mmap_locked:
         yield Release(mm.mmap_lock)
-    if result is ScanResult.SCAN_SUCCEED:
+    if result is ScanResult.SCAN_SUCCEED and cc.is_khugepaged:
         cc.settings.pages_collapsed = (cc.settings.pages_collapsed + 1) % (1 << 32)
     return result
 
@@ -93,7 +93,7 @@ def hpage_collapse_scan_pmd(
     mmap_locked = True
     if result is ScanResult.SCAN_SUCCEED:
         with mm.page_table_lock:
-            scanned = _scan_ptes(mem, mem.ram.words[pte_pfn(pmd)], vma, cc)
+            scanned = _scan_ptes(mem, mem.ram.words[pte_pfn(pmd)], vma, addr, cc)
         result = scanned.result
         if result is ScanResult.SCAN_SUCCEED:
             mmap_locked = False
@@ -114,7 +114,7 @@ def hpage_collapse_scan_pmd(
     return result, mmap_locked
 
 
-def _scan_ptes(mem: Memory, table: Ptes, vma: Vma, cc: CollapseControl) -> Scanned:
+def _scan_ptes(mem: Memory, table: Ptes, vma: Vma, addr: int, cc: CollapseControl) -> Scanned:
     """The loop over the 512 entries, with the decision behind it. Changes: cc.node_load, events."""
     block = BlockOfPtes(mem, table)
     failure = _first_failure(mem, block, table, vma, cc)
@@ -125,7 +125,9 @@ def _scan_ptes(mem: Memory, table: Ptes, vma: Vma, cc: CollapseControl) -> Scann
     # The writable bit is noted before the page is looked at, "referenced" after all tests.
     at_stop = stop < HPAGE_PMD_NR and nr < len(block.mapped) and int(block.mapped[nr]) == stop
     writable = block.writable(nr + (at_stop and result is not ScanResult.SCAN_PTE_UFFD_WP))
-    referenced = block.referenced(nr, cc)
+    # The notifiers are asked about the block's first address for every entry; isolation asks right.
+    notified = any(notifier.test_young(addr) for notifier in vma.mm.mmu_notifiers)
+    referenced = block.referenced(nr, cc, notified)
     unmapped = int(np.count_nonzero(block.non_present <= stop))
     if result is ScanResult.SCAN_SUCCEED:
         lacking = referenced == 0 or (unmapped > 0 and referenced < HPAGE_PMD_NR // 2)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from pykhuge.hw.memory import PAGE_SHIFT
 from pykhuge.kernel.locking import Rank, RwSem, Spinlock
 
-__all__ = ["AnonVma", "MemCgroup", "Mm", "MmFlag", "Userfaultfd", "VmFlag", "Vma"]
+__all__ = ["AnonVma", "MemCgroup", "Mm", "MmFlag", "MmuNotifier", "Userfaultfd", "VmFlag", "Vma"]
 
 
 class VmFlag(enum.IntFlag):
@@ -86,6 +87,22 @@ class AnonVma:
         return (self.root or self).rwsem
 
 
+class MmuNotifier(Protocol):
+    """A secondary MMU (KVM, an IOMMU) that mirrors page tables: what it is told and asked."""
+
+    def invalidate_range_start(self, start: int, end: int) -> None:
+        """Entries of [start, end) are about to go: stop using them."""
+        ...
+
+    def invalidate_range_end(self, start: int, end: int) -> None:
+        """They are gone."""
+        ...
+
+    def test_young(self, addr: int) -> bool:
+        """Whether the page at `addr` was used by way of this MMU lately."""
+        ...
+
+
 @dataclass(eq=False)
 class Userfaultfd:
     """A userfaultfd context; which VMAs it watches stands in their vm_flags."""
@@ -133,6 +150,7 @@ class Mm:
     deposits: page tables kept for the huge PMDs of each GiB, oldest first. Lock: page_table_lock.
     rss_stat: MM_FILEPAGES, MM_ANONPAGES, MM_SWAPENTS, MM_SHMEMPAGES.
     mm_users: 0 once the process is exiting.
+    tlb_gen: how often a collapse has flushed its TLBs.
     """
 
     name: str
@@ -149,4 +167,6 @@ class Mm:
     rss_stat: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
     pgtables_bytes: int = 0
     preferred_node: int = 0
+    mmu_notifiers: list[MmuNotifier] = field(default_factory=list)
+    tlb_gen: int = 0
     mmap_base: int = 0x7F00_0000_0000
