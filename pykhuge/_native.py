@@ -9,13 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pykhuge import _copy
 from pykhuge._copy import ffi, lib
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, WriteableBuffer
 
 PAGE_SIZE: int = lib.PYKHUGE_PAGE_SIZE
 LINE_SIZE: int = lib.PYKHUGE_LINE_SIZE
@@ -63,9 +60,14 @@ def outcome(result: int) -> int:
     return result
 
 
-def export(buffer: "ReadableBuffer", *, writable: bool = False) -> Any:
-    """A C view of ``buffer``, which cannot be closed or resized while it exists."""
+def export(buffer: Any, *, writable: bool = False) -> Any:
+    """A C view of ``buffer``, which cannot be closed or resized until the view is released."""
     return ffi.from_buffer(_CHARS, buffer, writable)
+
+
+def release(view: Any) -> None:
+    """Let go of an exported buffer."""
+    ffi.release(view)
 
 
 def address(view: Any) -> int:
@@ -85,7 +87,7 @@ def _highpage() -> Any:
 
 #: ``copy_mc_page(to, from_, bad_lines)``: one page from buffer to buffer. Bytes not copied;
 #: negative if an argument was wrong or the destination faulted. Nothing was copied if wrong.
-copy_mc_page: Callable[["WriteableBuffer", "ReadableBuffer", int], int] = _highpage().copy_mc_page
+copy_mc_page: Callable[[Any, Any, int], int] = _highpage().copy_mc_page
 
 
 def copy_mc_bytes(to: int, from_: int, nr_bytes: int, bad_lines: int) -> int:

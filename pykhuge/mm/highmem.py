@@ -15,7 +15,7 @@ be written raises ``DestinationFault``, which is no count. The GIL is released w
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,10 @@ from pykhuge._native import HOLE, LINE_SIZE, PAGE_SIZE, DestinationFault, Machin
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
+
+    # numpy's stubs call arrays buffers from Python 3.12 on only.
+    Readable: TypeAlias = ReadableBuffer | npt.NDArray[Any]
+    Writable: TypeAlias = WriteableBuffer | npt.NDArray[Any]
 
 __all__ = [
     "DestinationFault",
@@ -43,21 +47,33 @@ _ALL_LINES = (1 << PAGE_SIZE // LINE_SIZE) - 1
 
 
 class _Span:
-    """A buffer's bytes, held in place for as long as this object lives."""
+    """A buffer's bytes, held in place within ``with``.
+
+    Not for as long as this object lives: an exception's traceback would keep the buffer from being
+    closed.
+    """
 
     __slots__ = ("_view", "address", "nr_bytes")
 
-    def __init__(self, name: str, buffer: "ReadableBuffer", *, writable: bool = False) -> None:
+    def __init__(self, name: str, buffer: "Readable", *, writable: bool = False) -> None:
         try:
             self._view = _native.export(buffer, writable=writable)
-        except (TypeError, BufferError, ValueError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(
-                f"{name}={buffer!r}: {error}; allowed is a contiguous"
-                f"{', writable' if writable else ''} buffer"
+        except TypeError:
+            raise TypeError(f"{name}={buffer!r}: allowed are objects with a buffer") from None
+        except (BufferError, ValueError) as error:
+            # Not its repr: that might read memory that fails.
+            raise ValueError(
+                f"{name} is a {type(buffer).__name__}: {error}; "
+                f"allowed are contiguous{', writable' if writable else ''} buffers"
             ) from None
         self.address = _native.address(self._view)
         self.nr_bytes = len(self._view)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _native.release(self._view)
 
 
 def _disjoint(to: _Span, from_: _Span) -> None:
@@ -77,12 +93,10 @@ def _whole_pages(name: str, span: _Span, nr_pages: int | None = None) -> None:
         raise ValueError(f"{name} is at {span.address:#x}: allowed are multiples of {PAGE_SIZE}")
 
 
-def _page_pair(to: "WriteableBuffer", from_: "ReadableBuffer") -> tuple[_Span, _Span]:
-    pair = _Span("to", to, writable=True), _Span("from_", from_)
-    _whole_pages("to", pair[0], 1)
-    _whole_pages("from_", pair[1], 1)
-    _disjoint(*pair)
-    return pair
+def _check_pages(to: _Span, from_: _Span) -> None:
+    _whole_pages("to", to, 1)
+    _whole_pages("from_", from_, 1)
+    _disjoint(to, from_)
 
 
 def _check_lines(bad_lines: int) -> None:
@@ -109,11 +123,11 @@ def _address(words: npt.NDArray[np.uint64] | None) -> int:
 
 
 def copy_mc_highpage(
-    to: "WriteableBuffer",
-    from_: "ReadableBuffer",
+    to: "Writable",
+    from_: "Readable",
     *,
     bad_lines: int = 0,
-    shadow: "tuple[WriteableBuffer, ReadableBuffer] | None" = None,
+    shadow: "tuple[Writable, Readable] | None" = None,
 ) -> int:
     """Copy one page; return 0, or the bytes not copied.
 
@@ -140,13 +154,13 @@ def copy_mc_highpage(
 
 
 def copy_mc_user_highpage(
-    to: "WriteableBuffer",
-    from_: "ReadableBuffer",
+    to: "Writable",
+    from_: "Readable",
     vaddr: int = 0,  # noqa: ARG001  kept, as in the kernel, for caches indexed by virtual address
     vma: object = None,  # noqa: ARG001
     *,
     bad_lines: int = 0,
-    shadow: "WriteableBuffer | None" = None,
+    shadow: "Writable | None" = None,
 ) -> int:
     """Copy one page of a user mapping; return 0, or the bytes not copied.
 
@@ -170,36 +184,36 @@ def copy_mc_user_highpage(
     return not_copied
 
 
-def _page_failure(
-    result: int, to: "WriteableBuffer", from_: "ReadableBuffer", bad_lines: int
-) -> NoReturn:
+def _page_failure(result: int, to: "Writable", from_: "Readable", bad_lines: int) -> NoReturn:
     """Say why one page could not be copied at all."""
     _native.outcome(result)
     _check_lines(bad_lines)
-    _page_pair(to, from_)
+    with _Span("to", to, writable=True) as dst, _Span("from_", from_) as src:
+        _check_pages(dst, src)
     raise ValueError("to or from_ changed while being copied: allowed are buffers that stay")
 
 
 def _shadow(name: str, buffer: Any, *, writable: bool = False) -> memoryview:
-    span = _Span(name, buffer, writable=writable)
-    if span.nr_bytes != PAGE_SIZE:
-        raise ValueError(f"{name} has {span.nr_bytes} bytes: allowed {PAGE_SIZE}")
+    with _Span(name, buffer, writable=writable) as span:
+        if span.nr_bytes != PAGE_SIZE:
+            raise ValueError(f"{name} has {span.nr_bytes} bytes: allowed {PAGE_SIZE}")
     return memoryview(buffer).cast("B")
 
 
-def copy_highpage(to: "WriteableBuffer", from_: "ReadableBuffer") -> None:
+def copy_highpage(to: "Writable", from_: "Readable") -> None:
     """Copy one page as before the series: without recovery.
 
     Memory that cannot be read raises its SIGBUS as if this library were not there.
     Kernel: copy_highpage (include/linux/highmem.h).
     """
-    dst, src = _page_pair(to, from_)
-    _native.copy_page(dst.address, src.address)
+    with _Span("to", to, writable=True) as dst, _Span("from_", from_) as src:
+        _check_pages(dst, src)
+        _native.copy_page(dst.address, src.address)
 
 
 def copy_mc(
-    to: "WriteableBuffer",
-    from_: "ReadableBuffer",
+    to: "Writable",
+    from_: "Readable",
     *,
     bad_lines: npt.NDArray[np.uint64] | None = None,
 ) -> int:
@@ -212,19 +226,19 @@ def copy_mc(
             declares the 64 bytes from ``4096 * p + 64 * i`` unreadable, wherever the buffer lies.
     Raises: ValueError, TypeError, DestinationFault.
     """
-    dst, src = _Span("to", to, writable=True), _Span("from_", from_)
-    if dst.nr_bytes != src.nr_bytes:
-        raise ValueError(
-            f"to has {dst.nr_bytes} bytes, from_ {src.nr_bytes}: allowed are equal sizes"
-        )
-    _disjoint(dst, src)
-    words = _line_words(bad_lines, -(-src.nr_bytes // PAGE_SIZE))
-    return _native.copy_mc_bytes(dst.address, src.address, src.nr_bytes, _address(words))
+    with _Span("to", to, writable=True) as dst, _Span("from_", from_) as src:
+        if dst.nr_bytes != src.nr_bytes:
+            raise ValueError(
+                f"to has {dst.nr_bytes} bytes, from_ {src.nr_bytes}: allowed are equal sizes"
+            )
+        _disjoint(dst, src)
+        words = _line_words(bad_lines, -(-src.nr_bytes // PAGE_SIZE))
+        return _native.copy_mc_bytes(dst.address, src.address, src.nr_bytes, _address(words))
 
 
 def copy_mc_huge_page(
-    to: "WriteableBuffer",
-    from_: "ReadableBuffer",
+    to: "Writable",
+    from_: "Readable",
     frames: Sequence[int] | npt.NDArray[np.int64],
     *,
     bad_lines: npt.NDArray[np.uint64] | None = None,
@@ -243,24 +257,30 @@ def copy_mc_huge_page(
         one are missing, and the signal's account. Pages after that one are as they were.
     Raises: ValueError, TypeError, DestinationFault.
     """
+    with _Span("to", to, writable=True) as dst, _Span("from_", from_) as src:
+        _whole_pages("from_", src)
+        nr_pages = src.nr_bytes // PAGE_SIZE
+        numbers = _frame_numbers(frames, nr_pages)
+        _whole_pages("to", dst, numbers.size)
+        _disjoint(dst, src)
+        words = _line_words(bad_lines, nr_pages)
+        return _native.copy_mc_frames(
+            dst.address, src.address, numbers.ctypes.data, numbers.size, _address(words)
+        )
+
+
+def _frame_numbers(
+    frames: Sequence[int] | npt.NDArray[np.int64], nr_pages: int
+) -> npt.NDArray[np.int64]:
     numbers = np.ascontiguousarray(frames)
     if numbers.ndim != 1 or not 1 <= numbers.size <= _MAX_FRAMES:
         raise ValueError(f"frames has shape {numbers.shape}: allowed 1..{_MAX_FRAMES} numbers")
     if not np.issubdtype(numbers.dtype, np.integer):
         raise TypeError(f"frames is {numbers.dtype}: allowed are integers")
-    dst, src = _Span("to", to, writable=True), _Span("from_", from_)
-    _whole_pages("to", dst, numbers.size)
-    _whole_pages("from_", src)
-    _disjoint(dst, src)
-    nr_pages = src.nr_bytes // PAGE_SIZE
-    if not (numbers.min() >= HOLE and numbers.max() < nr_pages):
-        wrong = numbers[(numbers < HOLE) | (numbers >= nr_pages)][0]
-        raise ValueError(f"frames has {wrong}: allowed 0..{nr_pages - 1}, or {HOLE} for a hole")
-    numbers = numbers.astype(np.int64, copy=False)
-    words = _line_words(bad_lines, nr_pages)
-    return _native.copy_mc_frames(
-        dst.address, src.address, numbers.ctypes.data, numbers.size, _address(words)
-    )
+    wrong = numbers[(numbers < HOLE) | (numbers >= nr_pages)]
+    if wrong.size:
+        raise ValueError(f"frames has {wrong[0]}: allowed 0..{nr_pages - 1}, or {HOLE} for a hole")
+    return numbers.astype(np.int64, copy=False)
 
 
 def machine_check() -> MachineCheck | None:
