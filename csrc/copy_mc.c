@@ -69,7 +69,7 @@ static const char *frame_after(const char *base, const int64_t *frames, size_t n
 	return frame_at(base, frames[i + 1 < nr ? i + 1 : i]);
 }
 
-/* The destination is a huge page, larger than any cache worth keeping: it is streamed. */
+/* A fresh huge page is in no cache: streaming spares reading what is overwritten. */
 int64_t pykhuge_copy_mc_frames(void *to, const void *base, const int64_t *frames, size_t nr,
 			       const uint64_t *bad_lines)
 {
