@@ -6,7 +6,7 @@ import mmap
 import os
 import platform
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -22,6 +22,7 @@ _SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
 _USER_MODE_ONLY = 1
 _UFFDIO_API = 0xC018AA3F
 _UFFDIO_REGISTER = 0xC020AA00
+_UFFDIO_ZEROPAGE = 0xC020AA04
 _UFFDIO_POISON = 0xC020AA08
 _MODE_MISSING = 1
 
@@ -71,8 +72,8 @@ def truncated() -> Iterator[mmap.mmap]:
 
 
 @contextmanager
-def poisoned() -> Iterator[mmap.mmap]:
-    """Three pages of which UFFDIO_POISON (Linux 6.6) made the second one fail as poison does."""
+def _second_page_by_userfaultfd() -> Iterator[tuple[mmap.mmap, int, int]]:
+    """Three pages, the userfaultfd that answers for the second, and where that one is."""
     memory = pages(3)
     memory[:PAGE] = pattern(PAGE)
     number = _SYS_USERFAULTFD[platform.machine()]
@@ -81,15 +82,30 @@ def poisoned() -> Iterator[mmap.mmap]:
         require_kernel(f"userfaultfd: {os.strerror(ctypes.get_errno())}")
     try:
         start = address_of(memory) + PAGE
+        fcntl.ioctl(uffd, _UFFDIO_API, struct.pack("QQQ", 0xAA, 0, 0))
+        fcntl.ioctl(uffd, _UFFDIO_REGISTER, struct.pack("QQQQ", start, PAGE, _MODE_MISSING, 0))
+        yield memory, uffd, start
+    finally:
+        os.close(uffd)
+
+
+@contextmanager
+def poisoned() -> Iterator[mmap.mmap]:
+    """Three pages of which UFFDIO_POISON (Linux 6.6) made the second one fail as poison does."""
+    with _second_page_by_userfaultfd() as (memory, uffd, start):
         try:
-            fcntl.ioctl(uffd, _UFFDIO_API, struct.pack("QQQ", 0xAA, 0, 0))
-            fcntl.ioctl(uffd, _UFFDIO_REGISTER, struct.pack("QQQQ", start, PAGE, _MODE_MISSING, 0))
             fcntl.ioctl(uffd, _UFFDIO_POISON, struct.pack("QQQq", start, PAGE, 0, 0))
         except OSError as error:
             require_kernel(f"UFFDIO_POISON: {error}")
         yield memory
-    finally:
-        os.close(uffd)
+
+
+@contextmanager
+def missing() -> Iterator[tuple[mmap.mmap, Callable[[], object]]]:
+    """Three pages; whoever reads the second waits until the function has been called."""
+    with _second_page_by_userfaultfd() as (memory, uffd, start):
+        zero_page = struct.pack("QQQq", start, PAGE, 0, 0)
+        yield memory, lambda: fcntl.ioctl(uffd, _UFFDIO_ZEROPAGE, zero_page)
 
 
 FAILING = {"truncated": truncated, "poisoned": poisoned}

@@ -246,3 +246,24 @@ def test_copies_run_with_the_gil_released() -> None:
         """
     )
     assert int(result.stdout) > 2
+
+
+def test_page_that_another_python_thread_provides_can_be_copied() -> None:
+    """Every form lets go of the GIL: with userfaultfd a copy may wait for Python itself."""
+    ends_well(
+        """
+        from failing_memory import missing
+        def copied(copy):
+            with missing() as (memory, provide):
+                threading.Timer(0.1, provide).start()
+                page = memoryview(memory)[PAGE:2 * PAGE]
+                to[:] = from_[:]
+                assert not copy(to, page)
+                assert to[:] == bytes(PAGE)
+        copied(pykhuge.copy_mc_highpage)
+        copied(pykhuge.copy_mc_user_highpage)
+        copied(pykhuge.copy_highpage)
+        copied(pykhuge.copy_mc)
+        copied(lambda to, page: pykhuge.copy_mc_huge_page(to, page, [0]))
+        """
+    )
