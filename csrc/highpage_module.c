@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
  * The one-page copy as Python calls it, without an object in between: exporting two buffers through
- * cffi costs more than five times what the page costs. A second module in cffi's shared object, so that
+ * cffi costs four times what copying the page does. A second module in cffi's shared object, so that
  * there is one core with one handler; pykhuge/_native.py loads it.
  */
 #define PY_SSIZE_T_CLEAN
