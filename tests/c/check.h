@@ -19,6 +19,12 @@
 		}                                                                                    \
 	} while (0)
 
+#if defined(__has_feature) /* clang's way to say what gcc defines */
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
+
 enum { PAGE = 4096, LINE = 64, UNTOUCHED = 0xa5 };
 
 /* Three pages of which the middle one cannot be accessed; the first is readable and writable. */

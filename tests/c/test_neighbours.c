@@ -321,12 +321,6 @@ static void signal_is_not_left_blocked(void)
 	CHECK(!sigismember(&now, SIGBUS));
 }
 
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define __SANITIZE_ADDRESS__ 1
-#endif
-#endif
-
 static void alternate_stack_is_used_and_kept(void)
 {
 #ifdef __SANITIZE_ADDRESS__ /* does not know jumps off such a stack (google/sanitizers#189) */

@@ -15,6 +15,13 @@
 
 enum { BEYOND = 200 }; /* bytes asked for past the start of what is bad */
 
+/* Every position is for the core as it ships; a machine check under ASan takes a hundred times as long. */
+#ifdef __SANITIZE_ADDRESS__
+enum { STEP = 7 };
+#else
+enum { STEP = 1 };
+#endif
+
 static char source[4 * PAGE] __attribute__((aligned(4096)));
 static char target[4 * PAGE] __attribute__((aligned(4096)));
 
@@ -69,7 +76,7 @@ static void genuine_source_faults(char *memory, int (*is_code)(int))
 	const char *bad = memory + PAGE;
 	const struct pykhuge_machine_check *check = pykhuge_last_machine_check();
 	for (size_t before = 0; before <= LINE; before++) {
-		for (size_t align = 0; align < LINE; align++) {
+		for (size_t align = 0; align < LINE; align += STEP) {
 			size_t nr_bytes = before + BEYOND;
 			memset(target, UNTOUCHED, PAGE);
 			expect(pykhuge_copy_mc_bytes(target + align, bad - before, nr_bytes, NULL),
@@ -86,7 +93,7 @@ static void genuine_destination_faults(char *memory)
 	char *bad = memory + PAGE;
 	const struct pykhuge_machine_check *check = pykhuge_last_machine_check();
 	for (size_t before = 0; before <= LINE; before++) {
-		for (size_t align = 0; align < LINE; align++) {
+		for (size_t align = 0; align < LINE; align += STEP) {
 			int64_t result = pykhuge_copy_mc_bytes(bad - before, source + align, before + BEYOND, NULL);
 			CHECK(result == PYKHUGE_DESTINATION_FAULT);
 			CHECK(check->address >= (uintptr_t)bad && check->address < (uintptr_t)bad + PAGE);
@@ -98,7 +105,7 @@ static void genuine_destination_faults(char *memory)
 static void simulated_source_faults(void)
 {
 	for (size_t from = 0; from < LINE; from++) {
-		for (size_t to = 0; to < LINE; to++) {
+		for (size_t to = 0; to < LINE; to += STEP) {
 			size_t line = (from + to) % 4, nr_bytes = 4 * LINE + from % 9;
 			uint64_t bad_lines = (uint64_t)1 << line | (uint64_t)1 << 63;
 			memset(target, UNTOUCHED, PAGE);
@@ -131,7 +138,7 @@ static void bad_line_past_a_short_run(void)
 static void every_line_of_a_page(void)
 {
 	for (size_t first = 0; first < PAGE / LINE; first++) {
-		for (size_t second = first; second < PAGE / LINE; second++) {
+		for (size_t second = first; second < PAGE / LINE; second += STEP) {
 			uint64_t bad_lines = (uint64_t)1 << first | (uint64_t)1 << second;
 			memset(target, UNTOUCHED, PAGE);
 			expect(pykhuge_copy_mc_page(target, source, bad_lines), target, source, PAGE,
@@ -143,7 +150,7 @@ static void every_line_of_a_page(void)
 static void healthy_copies_of_any_size(void)
 {
 	for (size_t nr_bytes = 0; nr_bytes < 5 * LINE; nr_bytes++) {
-		for (size_t align = 0; align < LINE; align++) {
+		for (size_t align = 0; align < LINE; align += STEP) {
 			memset(target, UNTOUCHED, PAGE);
 			CHECK(pykhuge_copy_mc_bytes(target + align, source + LINE - align, nr_bytes, NULL) == 0);
 			CHECK(memcmp(target + align, source + LINE - align, nr_bytes) == 0);
