@@ -9,7 +9,7 @@ import numpy as np
 from pykhuge.hw.memory import PAGE_SHIFT, PAGE_SIZE
 from pykhuge.kernel.locking import READ, WRITE
 from pykhuge.kernel.sched import Acquire, Release, Steps
-from pykhuge.mm.fault import VM_PAGE_PROT, access_vma, map_new_pages, new_user_pages, pte_table
+from pykhuge.mm.fault import VM_PAGE_PROT, find_vma, map_new_pages, new_user_pages, pte_table
 from pykhuge.mm.huge_memory import OutOfMemory
 from pykhuge.mm.mm import (
     change_flags,
@@ -110,8 +110,8 @@ def _fill(mem: Memory, mm: Mm, addr: int, data: bytes) -> None:
 
 
 def _missing(mem: Memory, mm: Mm, addr: int) -> tuple[Vma, int, int]:
-    vma = access_vma(mm, addr, write=False)
-    if vma.userfaultfd_ctx is None:
+    vma = find_vma(mm, addr)
+    if vma is None or vma.vm_start > addr or vma.userfaultfd_ctx is None:
         raise os_error(errno.ENOENT, f"{addr:#x} is not registered with a userfaultfd")
     pmd = pmd_of(mem, mm, addr)
     if pmd and pmd_trans_huge(pmd):
