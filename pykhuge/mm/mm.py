@@ -333,29 +333,39 @@ def change_flags(
     return vmas_in(mm, start, end)
 
 
-def check_mapped(mm: Mm, start: int, end: int) -> None:
-    """Raises: OSError ENOMEM if [start, end) has a gap."""
+def mapped_up_to(mm: Mm, start: int, end: int) -> int:
+    """Where the first gap of [start, end) begins; `end` if there is none."""
     for vma in vmas_in(mm, start, end):
         if vma.vm_start > start:
             break
         start = vma.vm_end
-    if start < end:
-        raise os_error(errno.ENOMEM, f"nothing is mapped at {start:#x}")
+    return min(start, end)
+
+
+def check_whole(stop: int, end: int) -> None:
+    """Raises: OSError ENOMEM if a range up to `end` has a gap at `stop`."""
+    if stop < end:
+        raise os_error(errno.ENOMEM, f"nothing is mapped at {stop:#x}")
+
+
+def check_mapped(mm: Mm, start: int, end: int) -> None:
+    """Raises: OSError ENOMEM if [start, end) has a gap."""
+    check_whole(mapped_up_to(mm, start, end), end)
 
 
 def do_mprotect(mem: Memory, mm: Mm, addr: int, length: int, prot: int) -> Steps[None]:
-    """Change VM_READ, VM_WRITE, VM_EXEC of [addr, addr + length) to `prot`."""
+    """Change VM_READ, VM_WRITE, VM_EXEC of [addr, addr + length) to `prot`.
+
+    Raises: OSError ENOMEM at the first gap; what lies below it is changed, as in the kernel.
+    """
     end = check_range(addr, length)
     yield Acquire(mm.mmap_lock, WRITE)
-    try:
-        check_mapped(mm, addr, end)
-    except OSError:
-        yield Release(mm.mmap_lock)
-        raise
-    change_flags(mem, mm, addr, end, lambda vma: vma.vm_flags & ~0x7 | prot)
+    stop = mapped_up_to(mm, addr, end)
+    change_flags(mem, mm, addr, stop, lambda vma: vma.vm_flags & ~0x7 | prot)
     if not prot & VM_WRITE:
-        wrprotect_range(mem, mm, addr, end)
+        wrprotect_range(mem, mm, addr, stop)
     yield Release(mm.mmap_lock)
+    check_whole(stop, end)
 
 
 def wrprotect_range(mem: Memory, mm: Mm, start: int, end: int, bits: int = 0) -> None:
@@ -383,6 +393,7 @@ def do_mremap(mem: Memory, mm: Mm, old: int, length: int, new: int) -> Steps[int
 
     Whole page tables move where both ends are 2 MiB aligned; elsewhere huge PMDs are split first,
     and their subpages end up in foreign page tables.
+    Raises: OSError EINVAL, EFAULT; OutOfMemory: the range is back where it was, `new` is unmapped.
     """
     old_end, new_end = check_range(old, length), check_range(new, length)
     if old < new_end and new < old_end:
@@ -400,12 +411,20 @@ def do_mremap(mem: Memory, mm: Mm, old: int, length: int, new: int) -> Steps[int
     moved.anon_vma = vma.anon_vma
     anon_vma_clone(moved, vma)
     _insert(mm, moved)
-    _move_page_tables(mem, vma, moved)
+    error: OutOfMemory | None = None
+    try:
+        _move_page_tables(mem, vma, moved)
+    except OutOfMemory as failure:
+        # The tables that have moved find their old places still there: moving back cannot fail.
+        _move_page_tables(mem, moved, vma)
+        error, vma, moved = failure, moved, vma
     mm.vmas.remove(vma)
-    free_pgtables(mem, mm, old, old_end)
+    free_pgtables(mem, mm, vma.vm_start, vma.vm_end)
     unlink_anon_vmas(mem, vma)
     _merge(mem, mm, moved)
     yield Release(mm.mmap_lock)
+    if error is not None:
+        raise error
     return new
 
 
@@ -603,7 +622,12 @@ def exit_mmap(mem: Memory, mm: Mm) -> Steps[None]:
     mm_users is 0 before the lock is taken, so that a collapse in progress sees it.
     """
     mm.mm_users = 0
-    yield Acquire(mm.mmap_lock, WRITE)
+    try:
+        yield Acquire(mm.mmap_lock, WRITE)
+    except GeneratorExit:
+        # A plain call that would have to wait is given up: then nothing has happened.
+        mm.mm_users = 1
+        raise
     for vma in list(mm.vmas):
         zap_page_range(mem, vma, vma.vm_start, vma.vm_end)
     vmas, mm.vmas = mm.vmas, []
