@@ -29,6 +29,7 @@ from pykhuge.mm.mm_types import (
     VM_LOCKED,
     VM_READ,
     VM_UFFD_MISSING,
+    VM_UFFD_WP,
     VM_WRITE,
     Mm,
     Vma,
@@ -187,7 +188,7 @@ def access_vma(mm: Mm, addr: int, *, write: bool) -> Vma:
     if (
         vma is None
         or vma.vm_start > addr
-        or not vma.vm_flags & (VM_WRITE if write else VM_READ | VM_EXEC)
+        or not vma.vm_flags & (VM_WRITE if write else VM_READ | VM_WRITE | VM_EXEC)
     ):
         raise SegmentationFault(addr, "write" if write else "read")
     return vma
@@ -307,9 +308,14 @@ def _do_huge_pmd_anonymous_page(mem: Memory, vma: Vma, addr: int, write: bool) -
             mem.vmstat.count(THP_FAULT_FALLBACK)
         return False
     mm = vma.mm
-    if pmd_of(mem, mm, haddr) is None:
-        mm.pmd_tables[haddr >> PUD_SHIFT] = alloc_page_table(mem, mm)
-    pgtable_trans_huge_deposit(mm, haddr, alloc_page_table(mem, mm))
+    try:
+        if pmd_of(mem, mm, haddr) is None:
+            mm.pmd_tables[haddr >> PUD_SHIFT] = alloc_page_table(mem, mm)
+        pgtable_trans_huge_deposit(mm, haddr, alloc_page_table(mem, mm))
+    except OutOfMemory:
+        if head != mem.huge_zero_pfn:
+            put_pages(mem, np.array([head]))
+        raise
     if head == mem.huge_zero_pfn:
         set_pmd(mem, mm, haddr, (head << PAGE_SHIFT) | VM_PAGE_PROT | PAGE_PSE)
     else:
@@ -352,7 +358,7 @@ def _do_huge_pmd_fault(mem: Memory, vma: Vma, addr: int, pmd: int, write: bool) 
     """
     if not write or pmd & PAGE_RW:
         return True
-    if pmd & PAGE_UFFD_WP:
+    if pmd & PAGE_UFFD_WP and vma.vm_flags & VM_UFFD_WP:
         raise UserFault(addr, "wp")
     head, pages = pte_pfn(pmd), mem.pages
     if head != mem.huge_zero_pfn and not pages.flags[head] & PG_locked:
@@ -448,15 +454,14 @@ def _do_wp_page(mem: Memory, vma: Vma, addr: int, ptes: Ptes, slot: int) -> None
     Raises: UserFault, OutOfMemory, BusError if the page to copy is poisoned.
     Kernel: do_wp_page, wp_page_copy.
     """
-    pte, _pages = int(ptes[slot]), mem.pages
-    if pte & PAGE_UFFD_WP:
+    pte = int(ptes[slot])
+    # mremap leaves the bit behind in memory that no userfaultfd watches any more.
+    if pte & PAGE_UFFD_WP and vma.vm_flags & VM_UFFD_WP:
         raise UserFault(addr, "wp")
     pfn = pte_pfn(pte)
     if pfn != mem.zero_pfn and _wp_can_reuse(mem, vma, pfn):
         ptes[slot] = pte | PAGE_RW | PAGE_DIRTY | PAGE_ACCESSED
         return
-    if pfn == mem.zero_pfn and vma.vm_flags & VM_UFFD_MISSING and pte == 0:
-        raise UserFault(addr, "missing")
     anon_vma_prepare(mem, vma)
     new = new_user_pages(mem, vma, 1)
     if not len(new):
