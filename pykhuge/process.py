@@ -294,7 +294,10 @@ class Process:
             change_flags(self.mem, self.mm, start, end, lambda vma: vma.vm_flags & ~cleared | bits)
             return
         # Looked up one by one: a collapse drops mmap_lock, and the VMAs may be others afterwards.
-        while (vma := find_vma(self.mm, start)) is not None and vma.vm_start < end:
+        while start < end:
+            vma = find_vma(self.mm, start)
+            if vma is None or vma.vm_start >= end:
+                return
             low, high = max(start, vma.vm_start), min(end, vma.vm_end)
             start = high
             if advice is Advice.MADV_COLLAPSE:
