@@ -248,8 +248,11 @@ def _check_pages(mem: Memory, recount: Recount, used: Pfns) -> None:
     if not np.array_equal(tables, used[flags & np.uint32(PG_table) != 0]):
         recount.findings.append("page-table pages are not those that the address spaces use")
     locked = used[(flags & np.uint32(PG_locked) != 0) & (flags & held == 0)]
+    by_others = {pfn for each in mem.user_pages if each.locked for pfn in each.pfns.tolist()}
     recount.findings.extend(
-        f"page {pfn:#x} is locked, and nobody has isolated it" for pfn in locked.tolist()
+        f"page {pfn:#x} is locked, and nobody has isolated it"
+        for pfn in locked.tolist()
+        if pfn not in by_others
     )
 
 

@@ -84,6 +84,17 @@ class Machine:
         return self.mem.thp
 
     @property
+    def node_reclaim_mode(self) -> int:
+        """/proc/sys/vm/zone_reclaim_mode: not 0, a collapse refuses blocks spread too far."""
+        return self.mem.node_reclaim_mode
+
+    @node_reclaim_mode.setter
+    def node_reclaim_mode(self, mode: int) -> None:
+        if not 0 <= mode <= 7:
+            raise ValueError(f"node_reclaim_mode={mode}: allowed 0..7")
+        self.mem.node_reclaim_mode = mode
+
+    @property
     def trace(self) -> Trace:
         """The trace events so far; `text()` is what trace_pipe prints."""
         return self.mem.trace

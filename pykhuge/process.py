@@ -22,8 +22,16 @@ from pykhuge.kernel.sched import Acquire, Release, Steps, Task, steps
 from pykhuge.khugepaged.control import CollapseControl, KhugepagedSettings
 from pykhuge.khugepaged.madvise import madvise_collapse
 from pykhuge.mm import userfaultfd
-from pykhuge.mm.fault import BUS_MCEERR_AR, BusError, access_vma, find_vma, handle_mm_fault
-from pykhuge.mm.gup import UserPages, follow_page, get_user_pages
+from pykhuge.mm.fault import (
+    BUS_MCEERR_AR,
+    BusError,
+    SegmentationFault,
+    access_vma,
+    find_vma,
+    handle_mm_fault,
+)
+from pykhuge.mm.gup import LockedPage, UserPages, follow_page, get_user_pages, lock_page
+from pykhuge.mm.migrate_device import migrate_to_device
 from pykhuge.mm.mm import (
     change_flags,
     check_mapped,
@@ -61,10 +69,13 @@ from pykhuge.mm.page_table import (
     PAGE_DIRTY,
     PAGE_PRESENT,
     PAGE_RW,
+    is_swap_pte,
     pmd_trans_huge,
     pte_index,
     pte_pfn,
     pte_pfns,
+    swp_offset,
+    swp_type,
 )
 from pykhuge.mm.rmap import pmd_of, set_pmd
 from pykhuge.mm.vmscan import mark_page_lazyfree_range, pageout_range
@@ -72,6 +83,7 @@ from pykhuge.mm.vmscan import mark_page_lazyfree_range, pageout_range
 __all__ = ["PROT_EXEC", "PROT_NONE", "PROT_READ", "PROT_WRITE", "Advice", "Process", "UserFaultFd"]
 
 PROT_NONE, PROT_READ, PROT_WRITE, PROT_EXEC = 0, VM_READ, VM_WRITE, VM_EXEC
+PROT_ANY = PROT_READ | PROT_WRITE | PROT_EXEC
 
 
 class Advice(enum.IntEnum):
@@ -234,7 +246,10 @@ class Process:
         for vma in vmas_in(self.mm, addr, end):
             write = bool(vma.vm_flags & VM_WRITE)
             low, high = max(addr & -PAGE_SIZE, vma.vm_start), min(end, vma.vm_end)
-            yield from handle_mm_fault(self.mem, self.mm, low, high, write=write)
+            try:
+                yield from handle_mm_fault(self.mem, self.mm, low, high, write=write)
+            except SegmentationFault as fault:
+                raise os_error(errno.ENOMEM, f"{fault.address:#x} cannot be touched") from None
 
     @steps
     def munlock(self, addr: int, length: int) -> Steps[None]:
@@ -274,9 +289,7 @@ class Process:
             return
         end, advice = check_range(addr, length), Advice(advice)
         if advice in (Advice.MADV_POPULATE_READ, Advice.MADV_POPULATE_WRITE):
-            yield from handle_mm_fault(
-                self.mem, self.mm, addr, end, write=advice is Advice.MADV_POPULATE_WRITE
-            )
+            yield from self._populate(addr, end, write=advice is Advice.MADV_POPULATE_WRITE)
             return
         mode = WRITE if advice in _FLAGS else READ
         yield Acquire(self.mm.mmap_lock, mode)
@@ -287,6 +300,15 @@ class Process:
             yield Release(self.mm.mmap_lock)
             raise
         yield Release(self.mm.mmap_lock)
+
+    def _populate(self, start: int, end: int, *, write: bool) -> Steps[None]:
+        """Kernel: madvise_populate."""
+        try:
+            yield from handle_mm_fault(self.mem, self.mm, start, end, write=write)
+        except SegmentationFault as fault:
+            mapped = vmas_in(self.mm, fault.address, fault.address + 1)
+            number = errno.EINVAL if mapped else errno.ENOMEM
+            raise os_error(number, f"{fault.address:#x} cannot be touched") from None
 
     def _advise(self, start: int, end: int, advice: Advice) -> Steps[None]:
         if advice in _FLAGS:
@@ -303,7 +325,7 @@ class Process:
             if advice is Advice.MADV_COLLAPSE:
                 cc = CollapseControl(is_khugepaged=False, settings=self.settings)
                 yield from madvise_collapse(self.mem, vma, low, high, cc)
-            elif vma.vm_flags & VM_LOCKED and advice is not Advice.MADV_FREE:
+            elif vma.vm_flags & VM_LOCKED:
                 raise os_error(errno.EINVAL, f"{advice.name} of mlocked memory at {low:#x}")
             else:
                 _ON_PAGES[advice](self.mem, vma, low, high)
@@ -325,6 +347,11 @@ class Process:
         except MemoryError:
             yield from exit_mmap(self.mem, child.mm)
             raise
+        except GeneratorExit:
+            # A plain call that would have to wait is given up: nobody will ever have the child.
+            if not child.mm.vmas:
+                self.mem.mms.remove(child.mm)
+            raise
         return child
 
     @steps
@@ -341,8 +368,11 @@ class Process:
         _check_access(addr, length)
         out = bytearray(length)
         for low, high in _by_block(addr, addr + length):
-            access_vma(self.mm, low, write=False)
-            pfns = yield from self._pages_for(low, high, write=False)
+            try:
+                pfns = yield from self._pages_for(low, high, write=False)
+            except Exception:
+                self._check_poison_up_to(low, high)
+                raise
             self._check_poison(pfns, low, high)
             out[low - addr : high - addr] = _gather(self.mem, pfns, low, high)
         return bytes(out)
@@ -357,18 +387,46 @@ class Process:
         source = np.frombuffer(data, np.uint8)
         _check_access(addr, len(source))
         for low, high in _by_block(addr, addr + len(source)):
-            access_vma(self.mm, low, write=True)
-            pfns = yield from self._pages_for(low, high, write=True)
-            good = self._first_poison(pfns, low, high)
-            _scatter(self.mem, pfns, low, good, source[low - addr : good - addr])
-            if good < high:
-                self._bus_error(good)
+            try:
+                pfns = yield from self._pages_for(low, high, write=True)
+            except Exception:
+                # The pages below the one that cannot be had were written before anybody knew.
+                self._store(addr, low, self._writable_up_to(low, high), source)
+                raise
+            self._store_pages(pfns, addr, low, high, source)
+
+    def _store(self, addr: int, low: int, high: int, source: npt.NDArray[np.uint8]) -> None:
+        if low < high:
+            pages = range(low & -PAGE_SIZE, high, PAGE_SIZE)
+            pfns = [follow_page(self.mem, self.mm, page) for page in pages]
+            self._store_pages(np.array(pfns, np.int64), addr, low, high, source)
+
+    def _store_pages(
+        self, pfns: Pfns, addr: int, low: int, high: int, source: npt.NDArray[np.uint8]
+    ) -> None:
+        """Write [low, high) of what goes to `addr`, up to the first poisoned line."""
+        good = self._first_poison(pfns, low, high)
+        _scatter(self.mem, pfns, low, good, source[low - addr : good - addr])
+        if good < high:
+            self._bus_error(good)
+
+    def _writable_up_to(self, low: int, high: int) -> int:
+        """The first address of [low, high) whose page is not there for writing."""
+        for page in range(low & -PAGE_SIZE, high, PAGE_SIZE):
+            vma = find_vma(self.mm, page)
+            allowed = vma is not None and vma.vm_start <= page and vma.vm_flags & VM_WRITE
+            if not allowed or follow_page(self.mem, self.mm, page, write=True) is None:
+                return max(low, page)
+        return high
 
     def _pages_for(self, low: int, high: int, *, write: bool) -> Steps[Pfns]:
         """The frames of [low, high), one block at most, faulted in; accessed and dirty bits set."""
         wanted = PAGE_PRESENT | PAGE_RW if write else PAGE_PRESENT
         mark = PAGE_ACCESSED | PAGE_DIRTY if write else PAGE_ACCESSED
         first, nr = pte_index(low), (high - 1 >> PAGE_SHIFT) - (low >> PAGE_SHIFT) + 1
+        if access_vma(self.mm, low, write=write).vm_end < high:
+            # More than one VMA: a fault looks at each of them.
+            yield from handle_mm_fault(self.mem, self.mm, low, high, write=write)
         while True:
             pmd = pmd_of(self.mem, self.mm, low)
             if pmd and pmd_trans_huge(pmd):
@@ -394,6 +452,14 @@ class Process:
                 if word >> line & 1 and start < high and start + (1 << LINE_SHIFT) > low:
                     return max(start, low)
         return high
+
+    def _check_poison_up_to(self, low: int, high: int) -> None:
+        """A load that faults may have met poison before, in the pages that were there."""
+        for page in range(low & -PAGE_SIZE, high, PAGE_SIZE):
+            vma, pfn = find_vma(self.mm, page), follow_page(self.mem, self.mm, page)
+            if vma is None or vma.vm_start > page or not vma.vm_flags & PROT_ANY or pfn is None:
+                return
+            self._check_poison(np.array([pfn]), max(low, page), min(high, page + PAGE_SIZE))
 
     def _check_poison(self, pfns: Pfns, low: int, high: int) -> None:
         addr = self._first_poison(pfns, low, high)
@@ -426,6 +492,34 @@ class Process:
         """get_user_pages(FOLL_GET): hold the pages as vmsplice does, to read them."""
         _check_access(addr, length)
         return get_user_pages(self.mem, self.mm, addr, length, pinned=False)
+
+    def lock_page(self, addr: int) -> LockedPage:
+        """Lock the page at `addr` (lock_page), as writeback or migration does, until `release`.
+
+        Raises: ValueError if no page is there, WouldBlock if it is locked already.
+        """
+        self.check_alive()
+        return lock_page(self.mem, self.mm, addr)
+
+    @steps
+    def migrate_to_device(self, addr: int) -> Steps[int]:
+        """Move the page at `addr` to device memory (see `Machine`); returns the frame.
+
+        Raises: OSError EFAULT (no page there), EBUSY (in use by others), ENOMEM.
+        """
+        return migrate_to_device(self.mem, self.mm, addr)
+
+    def fail_swap_reads(self, addr: int) -> None:
+        """Let the swap device fail to read the page at `addr`, until its slot is freed.
+
+        Raises: ValueError if nothing is swapped out there.
+        """
+        self.check_alive()
+        pmd = pmd_of(self.mem, self.mm, addr) or 0
+        pte = 0 if pmd_trans_huge(pmd) else int(self.mem.ram.words[pte_pfn(pmd), pte_index(addr)])
+        if not is_swap_pte(pte) or swp_type(pte) or not pmd:
+            raise ValueError(f"addr={addr:#x}: allowed where a page is swapped out")
+        self.mem.swap.bad.add(swp_offset(pte))
 
     def userfaultfd(self) -> UserFaultFd:
         """A new userfaultfd, watching nothing yet."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from pykhuge.hw.memory import PAGE_SIZE
-from pykhuge.kernel.sched import Steps
-from pykhuge.mm.fault import handle_mm_fault
+from pykhuge.kernel.sched import Steps, WouldBlock
+from pykhuge.mm.fault import access_vma, handle_mm_fault
 from pykhuge.mm.mm_types import MMF_HAS_PINNED, Mm
 from pykhuge.mm.mmzone import Memory
-from pykhuge.mm.page import GUP_PIN_COUNTING_BIAS, Pfns, PG_head
+from pykhuge.mm.page import GUP_PIN_COUNTING_BIAS, Pfns, PG_head, PG_locked
 from pykhuge.mm.page_table import PAGE_PRESENT, PAGE_RW, pmd_trans_huge, pte_index, pte_pfn
 from pykhuge.mm.rmap import pmd_of
 from pykhuge.mm.swap import put_pages
 
-__all__ = ["UserPages", "follow_page", "get_user_pages"]
+__all__ = ["LockedPage", "UserPages", "follow_page", "get_user_pages", "lock_page"]
 
 
 class UserPages:
@@ -27,6 +27,7 @@ class UserPages:
         self._mem = mem
         self.pfns = pfns
         self.pinned = pinned
+        self.locked = False
         self.released = False
         mem.user_pages.append(self)
 
@@ -39,6 +40,36 @@ class UserPages:
         if self.pinned:
             _unpin(self._mem, self.pfns)
         put_pages(self._mem, self.pfns)
+
+
+class LockedPage(UserPages):
+    """A page locked and referenced by kernel code (writeback, migration). Release it once."""
+
+    def __init__(self, mem: Memory, head: int) -> None:
+        super().__init__(mem, np.array([head]), pinned=False)
+        self.locked = True
+        mem.pages.flags[head] |= np.uint32(PG_locked)
+
+    def release(self) -> None:
+        """unlock_page() and put_page(). Raises: ValueError the second time."""
+        if not self.released:
+            self._mem.pages.flags[self.pfns] &= np.uint32(~PG_locked & 0xFFFFFFFF)
+        super().release()
+
+
+def lock_page(mem: Memory, mm: Mm, addr: int) -> LockedPage:
+    """Lock the page that `addr` maps to, with a reference.
+
+    Raises: ValueError if no page of the mm's own is there, WouldBlock if it is locked already.
+    """
+    pfn = follow_page(mem, mm, addr)
+    if pfn is None or pfn in (mem.zero_pfn, mem.huge_zero_pfn):
+        raise ValueError(f"addr={addr:#x}: allowed where a page of the process's own is present")
+    head = mem.pages.head_of(pfn)
+    if mem.pages.flags[head] & PG_locked:
+        raise WouldBlock(f"page {head:#x} is locked")
+    mem.pages.refcount[head] += 1
+    return LockedPage(mem, head)
 
 
 def _grab(mem: Memory, pfn: int, *, pinned: bool) -> None:
@@ -81,6 +112,10 @@ def get_user_pages(
     """
     start, end = addr & -PAGE_SIZE, addr + length
     pfns: list[int] = []
+    # Entries of a VMA without permission are not present to get_user_pages_fast either.
+    page = start
+    while page < end:
+        page = access_vma(mm, page, write=pinned).vm_end
     while any(
         follow_page(mem, mm, page, write=pinned) is None for page in range(start, end, PAGE_SIZE)
     ):

@@ -95,6 +95,7 @@ class HeldPages(Protocol):
 
     pfns: Pfns
     pinned: bool
+    locked: bool
 
 
 class Memory:
@@ -135,7 +136,6 @@ class Memory:
             self.vmstat.mod_node(NR_FREE_PAGES, nr, nid)
             start += nr
         self.device_start = start
-        self.device_next = start
         self.distances = distances
         self.node_reclaim_mode = 0
 
