@@ -630,8 +630,9 @@ def exit_mmap(mem: Memory, mm: Mm) -> Steps[None]:
         raise
     for vma in list(mm.vmas):
         zap_page_range(mem, vma, vma.vm_start, vma.vm_end)
-    vmas, mm.vmas = mm.vmas, []
-    for vma in vmas:
+    # One by one: a PMD table must stay until the last VMA below it has given up its page tables.
+    while mm.vmas:
+        vma = mm.vmas.pop()
         free_pgtables(mem, mm, vma.vm_start, vma.vm_end)
         unlink_anon_vmas(mem, vma)
     mem.mms.remove(mm)
