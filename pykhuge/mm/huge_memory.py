@@ -161,11 +161,15 @@ def split_huge_pmd(mem: Memory, vma: Vma, addr: int) -> None:
         prot = PAGE_PRESENT | PAGE_USER | PAGE_ACCESSED | PAGE_SPECIAL | pmd & PAGE_UFFD_WP
         mem.ram.words[table] = (mem.zero_pfn << 12) | prot
     else:
-        _split_pmd_of_page(mem, vma, head, table, pmd)
+        _split_pmd_of_page(mem, head, table, pmd)
     set_pmd(mem, mm, haddr, (table << 12) | TABLE)
+    if head != mem.huge_zero_pfn:
+        # Last, so that no subpage looks unmapped in between: NR_ANON_MAPPED does not move. Nor may
+        # the PMD still be there: munlock would find the page mlocked by it.
+        page_remove_huge_rmap(mem, head, vma)
 
 
-def _split_pmd_of_page(mem: Memory, vma: Vma, head: int, table: int, pmd: int) -> None:
+def _split_pmd_of_page(mem: Memory, head: int, table: int, pmd: int) -> None:
     pages = mem.pages
     subpages = np.arange(head, head + HPAGE_PMD_NR)
     prot = pmd & (PAGE_PRESENT | PAGE_USER | PAGE_RW | PAGE_ACCESSED | PAGE_DIRTY | PAGE_UFFD_WP)
@@ -174,8 +178,6 @@ def _split_pmd_of_page(mem: Memory, vma: Vma, head: int, table: int, pmd: int) -
         pages.flags[subpages] |= np.uint32(PG_anon_exclusive)
     pages.refcount[head] += HPAGE_PMD_NR - 1
     pages.mapcount[subpages] += 1
-    # Last, so that no subpage looks unmapped in between: NR_ANON_MAPPED does not move.
-    page_remove_huge_rmap(mem, head, vma)
 
 
 def split_huge_page(mem: Memory, head: int) -> bool:
