@@ -1,0 +1,44 @@
+"""Fixtures of the tests of the model: every machine is audited when its test ends."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from collapse_kit import advised
+
+from pykhuge import Machine, Process
+
+MakeMachine = Callable[..., Machine]
+
+
+@pytest.fixture
+def make_machine() -> Iterator[MakeMachine]:
+    """Machines that are audited at the end, unless they have panicked."""
+    made: list[Machine] = []
+
+    def make(memory: str = "64M", **options: object) -> Machine:
+        machine = Machine(memory, **options)  # type: ignore[arg-type]
+        made.append(machine)
+        return machine
+
+    yield make
+    for machine in made:
+        if machine.mem.panic is None:
+            machine.audit()
+
+
+@pytest.fixture
+def machine(make_machine: MakeMachine) -> Machine:
+    """A machine of 64 MiB with a swap device and device memory, THP enabled=madvise."""
+    return make_machine(swap="16M", device_memory="2M")
+
+
+@pytest.fixture
+def process(machine: Machine) -> Process:
+    """A process on it."""
+    return machine.process("app")
+
+
+@pytest.fixture
+def block(process: Process) -> int:
+    """The address of one 2 MiB block, advised huge, untouched."""
+    return advised(process)
