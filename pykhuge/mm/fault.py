@@ -471,6 +471,8 @@ def _do_wp_page(mem: Memory, vma: Vma, addr: int, ptes: Ptes, slot: int) -> None
     else:
         _copy_mc_user_page(mem, addr, pfn, int(new[0]))
         old = np.array([pfn])
+        # Gone before rmap is asked: munlock would find the page mlocked by this very entry.
+        ptes[slot] = 0
         page_remove_rmap(mem, old, vma)
         mem.mod_mm(vma.mm, MM_ANONPAGES, -1)
     map_new_pages(mem, vma, addr, new, ptes[slot : slot + 1])
