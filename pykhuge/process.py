@@ -406,7 +406,8 @@ class Process:
     ) -> None:
         """Write [low, high) of what goes to `addr`, up to the first poisoned line."""
         good = self._first_poison(pfns, low, high)
-        _scatter(self.mem, pfns, low, good, source[low - addr : good - addr])
+        nr = (good - 1 >> PAGE_SHIFT) - (low >> PAGE_SHIFT) + 1
+        _scatter(self.mem, pfns[:nr], low, good, source[low - addr : good - addr])
         if good < high:
             self._bus_error(good)
 
