@@ -9,7 +9,7 @@ from pykhuge.kernel.sched import Steps, WouldBlock
 from pykhuge.mm.fault import access_vma, handle_mm_fault
 from pykhuge.mm.mm_types import MMF_HAS_PINNED, Mm
 from pykhuge.mm.mmzone import Memory
-from pykhuge.mm.page import GUP_PIN_COUNTING_BIAS, Pfns, PG_head, PG_locked
+from pykhuge.mm.page import GUP_PIN_COUNTING_BIAS, Pfns, PG_head, PG_locked, compound_head
 from pykhuge.mm.page_table import PAGE_PRESENT, PAGE_RW, pmd_trans_huge, pte_index, pte_pfn
 from pykhuge.mm.rmap import pmd_of
 from pykhuge.mm.swap import put_pages
@@ -39,7 +39,10 @@ class UserPages:
         self._mem.user_pages.remove(self)
         if self.pinned:
             _unpin(self._mem, self.pfns)
-        put_pages(self._mem, self.pfns)
+        # The zero page, or a compound page, may be held many times over.
+        pfns, times = np.unique(compound_head(self._mem.pages, self.pfns), return_counts=True)
+        self._mem.pages.refcount[pfns] -= times - 1
+        put_pages(self._mem, pfns)
 
 
 class LockedPage(UserPages):
