@@ -389,8 +389,9 @@ class Process:
         for low, high in _by_block(addr, addr + len(source)):
             try:
                 pfns = yield from self._pages_for(low, high, write=True)
-            except Exception:
-                # The pages below the one that cannot be had were written before anybody knew.
+            except BaseException:
+                # The pages below the one that cannot be had were written before anybody knew; also
+                # where the task would have to wait (GeneratorExit).
                 self._store(addr, low, self._writable_up_to(low, high), source)
                 raise
             self._store_pages(pfns, addr, low, high, source)
@@ -425,8 +426,8 @@ class Process:
         wanted = PAGE_PRESENT | PAGE_RW if write else PAGE_PRESENT
         mark = PAGE_ACCESSED | PAGE_DIRTY if write else PAGE_ACCESSED
         first, nr = pte_index(low), (high - 1 >> PAGE_SHIFT) - (low >> PAGE_SHIFT) + 1
-        if access_vma(self.mm, low, write=write).vm_end < high:
-            # More than one VMA: a fault looks at each of them.
+        if not self._allowed(low, high, write=write):
+            # The fault comes at the first address without permission, and brings in those below.
             yield from handle_mm_fault(self.mem, self.mm, low, high, write=write)
         while True:
             pmd = pmd_of(self.mem, self.mm, low)
@@ -441,6 +442,14 @@ class Process:
                     ptes |= np.uint64(mark)
                     return pte_pfns(ptes)
             yield from handle_mm_fault(self.mem, self.mm, low, high, write=write)
+
+    def _allowed(self, start: int, end: int, *, write: bool) -> bool:
+        try:
+            while start < end:
+                start = access_vma(self.mm, start, write=write).vm_end
+        except SegmentationFault:
+            return False
+        return True
 
     def _first_poison(self, pfns: Pfns, low: int, high: int) -> int:
         """The lowest address of [low, high) on a poisoned line; `high` if there is none."""
@@ -536,6 +545,7 @@ class Process:
 
         Nobody notices until it is read. Raises: ValueError if no page is there.
         """
+        self.check_alive()
         pfn = self.pfn(addr)
         if pfn is None or pfn == self.mem.zero_pfn:
             raise ValueError(
@@ -546,6 +556,7 @@ class Process:
 
     def register_mmu_notifier(self, notifier: MmuNotifier) -> None:
         """Let a secondary MMU know of page-table changes that a collapse makes."""
+        self.check_alive()
         self.mm.mmu_notifiers.append(notifier)
 
     def is_huge(self, addr: int) -> bool:
