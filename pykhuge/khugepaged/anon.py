@@ -74,10 +74,17 @@ def collapse_huge_page(
     # Allocation may take long; everything is looked at anew once the lock is back.
     yield Release(mm.mmap_lock)
     result, hpage = alloc_charge_hpage(mem, mm, cc)
+    try:
+        if result is ScanResult.SCAN_SUCCEED:
+            result, pmd_table = yield from _prepare(mem, mm, addr, referenced, unmapped, cc)
+        if result is ScanResult.SCAN_SUCCEED:
+            yield Acquire(mm.mmap_lock, WRITE)
+    except GeneratorExit:
+        # A plain call that would have to wait is given up: the huge page goes back.
+        if hpage >= 0:
+            put_pages(mem, np.array([hpage]))
+        raise
     if result is ScanResult.SCAN_SUCCEED:
-        result, pmd_table = yield from _prepare(mem, mm, addr, referenced, unmapped, cc)
-    if result is ScanResult.SCAN_SUCCEED:
-        yield Acquire(mm.mmap_lock, WRITE)
         result, vma = hugepage_vma_revalidate(mem, mm, addr, cc, expect_anon=True)
         if result is ScanResult.SCAN_SUCCEED:
             result, pmd = check_pmd_still_valid(mem, mm, addr, pmd_table)
