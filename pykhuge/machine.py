@@ -123,6 +123,7 @@ class Machine:
 
     def memcg(self, limit: str | int) -> MemCgroup:
         """A memory cgroup that may use `limit` bytes."""
+        self.check_alive()
         group = MemCgroup(len(self.mem.memcgs), parse_size("limit", limit) >> PAGE_SHIFT)
         self.mem.memcgs.append(group)
         return group

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from pykhuge.kernel.locking import Holder, Mode, RwSem
-from pykhuge.kernel.panic import KernelBug
+from pykhuge.kernel.panic import KernelBug, KernelPanic
 
 __all__ = ["Acquire", "Preempt", "Release", "Sched", "Step", "Steps", "Task", "WouldBlock", "steps"]
 
@@ -95,9 +95,10 @@ Steps = Generator[Step, None, T]
 
 
 class Sched:
-    """What runs now: the kernel's `current`."""
+    """What runs now: the kernel's `current`. After a panic nothing runs any more."""
 
     def __init__(self) -> None:
+        self.panic: KernelPanic | None = None
         self.current: Task[Any] = Task(self, "swapper/0", 0)
 
 
@@ -136,7 +137,12 @@ class Task(Holder, Generic[T]):
         self.done, self.error, self.pending, self._result = False, None, None, None
 
     def step(self) -> bool:
-        """Run up to the next yield. Does nothing and returns False if it must wait or is done."""
+        """Run up to the next yield. Does nothing and returns False if it must wait or is done.
+
+        Raises: KernelPanic if the host has died meanwhile.
+        """
+        if not self.done and self.sched.panic is not None:
+            raise self.sched.panic
         if self.done or self._generator is None or (self.pending and not self.pending.ready()):
             return False
         if self.pending is not None:

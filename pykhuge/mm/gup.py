@@ -33,6 +33,8 @@ class UserPages:
 
     def release(self) -> None:
         """unpin_user_pages(), or put_page() of each. Raises: ValueError the second time."""
+        if self._mem.panic is not None:
+            raise self._mem.panic
         if self.released:
             raise ValueError("these pages are released already")
         self.released = True
@@ -55,7 +57,7 @@ class LockedPage(UserPages):
 
     def release(self) -> None:
         """unlock_page() and put_page(). Raises: ValueError the second time."""
-        if not self.released:
+        if not self.released and self._mem.panic is None:
             self._mem.pages.flags[self.pfns] &= np.uint32(~PG_locked & 0xFFFFFFFF)
         super().release()
 

@@ -197,7 +197,7 @@ class Memory:
 
     def die(self, reason: str) -> KernelPanic:
         """panic(): the host is dead from here on. Returns the exception to raise."""
-        self.panic = KernelPanic(reason)
+        self.panic = self.sched.panic = KernelPanic(reason)
         self.printk(str(self.panic))
         return self.panic
 
