@@ -445,7 +445,7 @@ def test_armed_userfaultfd_without_a_hole_is_no_obstacle(process: Process, block
 
 
 def forget_use(process: Process, addr: int, pages: list[int]) -> None:
-    """Age pages: MADV_PAGEOUT with a full swap device clears accessed bits and keeps the pages."""
+    """Clear accessed bits by hand, as the aging of an LRU list would."""
     words = ptes_of(process, addr)
     words[pages] &= np.uint64(~(1 << 5) & (1 << 64) - 1)
 
@@ -675,8 +675,6 @@ RACES = {
         ("aged", S.SCAN_LACK_REFERENCED_PAGE, age),
     )
     for where in BEFORE
-    # Only before the second look at swap entries is a swapped-out page still swap to a collapse
-    # that has found none: it does not look.
 }
 
 
