@@ -361,9 +361,20 @@ def do_mprotect(mem: Memory, mm: Mm, addr: int, length: int, prot: int) -> Steps
     end = check_range(addr, length)
     yield Acquire(mm.mmap_lock, WRITE)
     stop = mapped_up_to(mm, addr, end)
-    change_flags(mem, mm, addr, stop, lambda vma: vma.vm_flags & ~0x7 | prot)
-    if not prot & VM_WRITE:
-        wrprotect_range(mem, mm, addr, stop)
+    changed: list[tuple[int, int]] = []
+
+    def change(vma: Vma) -> int:
+        flags = vma.vm_flags & ~0x7 | prot
+        if flags != vma.vm_flags:
+            changed.append((vma.vm_start, vma.vm_end))
+        return flags
+
+    change_flags(mem, mm, addr, stop, change)
+    for low, high in changed:
+        if prot & VM_WRITE:
+            mkwrite_range(mem, mm, low, high)
+        else:
+            wrprotect_range(mem, mm, low, high)
     yield Release(mm.mmap_lock)
     check_whole(stop, end)
 
@@ -386,6 +397,24 @@ def wrprotect_range(mem: Memory, mm: Mm, start: int, end: int, bits: int = 0) ->
             ptes[present] = ptes[present] & keep | np.uint64(bits)
             if bits & PAGE_UFFD_WP:
                 ptes[swapped] |= SWAP_FLAGS
+
+
+def mkwrite_range(mem: Memory, mm: Mm, start: int, end: int) -> None:
+    """Make the entries of [start, end), which lies in a writable VMA, writable without a fault.
+
+    Only where the page is this mm's alone and userfaultfd does not protect it.
+    Kernel: can_change_pte_writable, can_change_pmd_writable (MM_CP_TRY_CHANGE_WRITABLE).
+    """
+    for low, high in each_block(start, end):
+        pmd = pmd_of(mem, mm, low)
+        if pmd and pmd_trans_huge(pmd):
+            if mem.pages.flags[pte_pfn(pmd)] & PG_anon_exclusive and not pmd & PAGE_UFFD_WP:
+                set_pmd(mem, mm, low, pmd | PAGE_RW)
+        elif pmd:
+            ptes = _ptes_of(mem, mm, low, high)
+            places = np.flatnonzero(ptes & np.uint64(PAGE_PRESENT | PAGE_UFFD_WP) == U_PRESENT)
+            own = mem.pages.flags[pte_pfns(ptes[places])] & np.uint32(PG_anon_exclusive) != 0
+            ptes[places[own]] |= np.uint64(PAGE_RW)
 
 
 def do_mremap(mem: Memory, mm: Mm, old: int, length: int, new: int) -> Steps[int]:

@@ -38,7 +38,6 @@ from collapse_kit import (
 from conftest import MakeMachine
 from pykhuge import (
     PROT_READ,
-    PROT_WRITE,
     Advice,
     CollapseError,
     Machine,
@@ -136,8 +135,8 @@ def uffd_wp(machine: Machine, process: Process, addr: int) -> object:  # noqa: A
 
 def read_only(machine: Machine, process: Process, addr: int) -> None:  # noqa: ARG001
     fill(process, addr)
-    process.mprotect(addr, HPAGE, PROT_READ)
-    process.mprotect(addr, HPAGE, PROT_READ | PROT_WRITE)
+    process.fork().exit()
+    fill(process, addr + HPAGE)  # only the first block stays as the fork has left it
 
 
 def only_zero_pages(machine: Machine, process: Process, addr: int) -> None:  # noqa: ARG001
