@@ -6,21 +6,30 @@ import errno
 
 import numpy as np
 
-from pykhuge.hw.memory import PAGE_SHIFT, PAGE_SIZE
+from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.kernel.locking import READ, WRITE
 from pykhuge.kernel.sched import Acquire, Release, Steps
 from pykhuge.mm.fault import VM_PAGE_PROT, find_vma, map_new_pages, new_user_pages, pte_table
-from pykhuge.mm.huge_memory import OutOfMemory
+from pykhuge.mm.huge_memory import OutOfMemory, split_huge_pmd
 from pykhuge.mm.mm import (
     change_flags,
     check_mapped,
     check_range,
     each_block,
+    mkwrite_range,
     os_error,
     vmas_in,
     wrprotect_range,
 )
-from pykhuge.mm.mm_types import VM_UFFD_FLAGS, VM_UFFD_MISSING, VM_UFFD_WP, Mm, Userfaultfd, Vma
+from pykhuge.mm.mm_types import (
+    VM_UFFD_FLAGS,
+    VM_UFFD_MISSING,
+    VM_UFFD_WP,
+    VM_WRITE,
+    Mm,
+    Userfaultfd,
+    Vma,
+)
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page_table import (
     PAGE_SPECIAL,
@@ -141,14 +150,26 @@ def uffd_writeprotect(mem: Memory, mm: Mm, addr: int, length: int, *, protect: b
 
 
 def _unprotect(mem: Memory, mm: Mm, start: int, end: int) -> None:
-    """Take the uffd-wp mark away; writes find out by a fault of their own whether they may."""
+    """Take the uffd-wp mark away; pages that are this mm's alone become writable at once.
+
+    Kernel: uffd_wp_range, with MM_CP_UFFD_WP_RESOLVE and MM_CP_TRY_CHANGE_WRITABLE.
+    """
     for low, high in each_block(start, end):
         pmd = pmd_of(mem, mm, low)
         if pmd and pmd_trans_huge(pmd):
-            set_pmd(mem, mm, low, pmd & ~PAGE_UFFD_WP)
-        elif pmd:
+            if high - low == HPAGE_PMD_SIZE:
+                set_pmd(mem, mm, low, pmd & ~PAGE_UFFD_WP)
+                continue
+            vma = find_vma(mm, low)
+            assert vma is not None
+            split_huge_pmd(mem, vma, low)
+            pmd = pmd_of(mem, mm, low)
+        if pmd:
             first = pte_index(low)
             ptes = mem.ram.words[pte_pfn(pmd), first : first + (high - low >> PAGE_SHIFT)]
             swapped = is_swap_ptes(ptes)
             ptes[~swapped] &= np.uint64(~PAGE_UFFD_WP & (1 << 64) - 1)
             ptes[swapped] &= np.uint64(~PAGE_SWP_UFFD_WP & (1 << 64) - 1)
+    for vma in vmas_in(mm, start, end):
+        if vma.vm_flags & VM_WRITE:
+            mkwrite_range(mem, mm, max(start, vma.vm_start), min(end, vma.vm_end))
