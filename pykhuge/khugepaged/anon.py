@@ -138,7 +138,8 @@ def _collapse_huge_page_swapin(
             break
         swapped_in += 1
     else:
-        lru_add_drain(mem)
+        if swapped_in:
+            lru_add_drain(mem)
     done = result is ScanResult.SCAN_SUCCEED
     mem.emit(mm_collapse_huge_page_swapin(vma.mm.hashed_ptr, swapped_in, referenced, int(done)))
     return result
@@ -151,8 +152,8 @@ def _collapse_locked(
     assert vma.anon_vma is not None
     mm, anon_vma_lock, table = vma.mm, vma.anon_vma.lock, mem.ram.words[pte_pfn(pmd)]
     yield Acquire(anon_vma_lock, WRITE)
+    _pmdp_collapse_flush(mem, mm, addr, pmd)
     with mm.page_table_lock:
-        _pmdp_collapse_flush(mem, mm, addr, pmd)
         isolated = _collapse_huge_page_isolate(mem, table, vma, addr, cc)
     if isolated.result is not ScanResult.SCAN_SUCCEED:
         with mm.page_table_lock:
@@ -180,9 +181,10 @@ def _pmdp_collapse_flush(mem: Memory, mm: Mm, addr: int, pmd: int) -> None:
     """Take the PMD out, and out of TLBs and secondary MMUs; faults wait on mmap_lock from now."""
     for notifier in mm.mmu_notifiers:
         notifier.invalidate_range_start(addr, addr + HPAGE_PMD_SIZE)
-    set_pmd(mem, mm, addr, 0)
-    mm.detached[addr] = pmd
-    mm.tlb_gen += 1
+    with mm.page_table_lock:
+        set_pmd(mem, mm, addr, 0)
+        mm.detached[addr] = pmd
+        mm.tlb_gen += 1
     for notifier in mm.mmu_notifiers:
         notifier.invalidate_range_end(addr, addr + HPAGE_PMD_SIZE)
 
