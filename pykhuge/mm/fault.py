@@ -232,6 +232,8 @@ def _fault_block(mem: Memory, vma: Vma, start: int, end: int, write: bool) -> No
         elif is_swap_pte(pte):
             nr = 1
             _swap_fault(mem, vma, addr, ptes, first, write)
+            if write and int(ptes[first]) & (PAGE_PRESENT | PAGE_RW) == PAGE_PRESENT:
+                _do_wp_page(mem, vma, addr, ptes, first)  # within the same fault
         else:
             nr = 1
             _do_wp_page(mem, vma, addr, ptes, first)
@@ -361,11 +363,12 @@ def _do_huge_pmd_fault(mem: Memory, vma: Vma, addr: int, pmd: int, write: bool) 
     if pmd & PAGE_UFFD_WP and vma.vm_flags & VM_UFFD_WP:
         raise UserFault(addr, "wp")
     head, pages = pte_pfn(pmd), mem.pages
-    if head != mem.huge_zero_pfn and not pages.flags[head] & PG_locked:
-        if not pages.flags[head] & (PG_lru | PG_anon_exclusive):
-            lru_add_drain(mem)
-        if pages.flags[head] & PG_anon_exclusive or pages.refcount[head] == 1:
+    if head != mem.huge_zero_pfn:
+        exclusive = bool(pages.flags[head] & PG_anon_exclusive)
+        if not exclusive and not pages.flags[head] & PG_locked and pages.refcount[head] == 1:
             page_move_anon_rmap(mem, head, vma)
+            exclusive = True
+        if exclusive:
             set_pmd(mem, vma.mm, addr, pmd | PAGE_RW | PAGE_DIRTY | PAGE_ACCESSED)
             mem.vmstat.count(PGFAULT)
             return True
