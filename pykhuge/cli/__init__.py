@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What is still buffered may fail to be written; better here than at the interpreter's end.
         sys.stdout.flush()
         return status
-    except CommandError as error:
+    except (CommandError, collapse.UsageError) as error:
         return _fail(f"pykhuge: {printable(error)}", EXIT_USAGE)
     except KeyboardInterrupt:
         return _fail("pykhuge: interrupted", EXIT_INTERRUPTED)
