@@ -54,6 +54,7 @@ from pykhuge.mm.vmstat import (
     NODE_STATS,
     NR_ANON_MAPPED,
     NR_ANON_THPS,
+    NR_FILE_PAGES,
     NR_FREE_PAGES,
     NR_MLOCK,
     NR_PAGETABLE,
@@ -281,6 +282,7 @@ def _check_node_stats(mem: Memory, recount: Recount, used: Pfns) -> None:
         NR_ANON_THPS: (mem.pages.entire_mapcount[used] > 0) * size,
         NR_PAGETABLE: (flags & np.uint32(PG_table) != 0) * 1,
         NR_MLOCK: (flags & np.uint32(PG_mlocked) != 0) * size,
+        NR_FILE_PAGES: (flags & np.uint32(PG_swapcache) != 0) * size,
         NR_SWAPCACHE: (flags & np.uint32(PG_swapcache) != 0) * size,
     }
     for node in mem.nodes:

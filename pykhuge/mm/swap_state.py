@@ -14,7 +14,7 @@ from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import Pfns, PG_dirty, PG_locked, PG_swapbacked, PG_swapcache, PG_uptodate
 from pykhuge.mm.page_alloc import alloc_pages, charge, uncharge
 from pykhuge.mm.swap import lru_cache_add, put_pages
-from pykhuge.mm.vmstat import NR_SWAPCACHE, PGMAJFAULT, PSWPIN, PSWPOUT
+from pykhuge.mm.vmstat import NR_FILE_PAGES, NR_SWAPCACHE, PGMAJFAULT, PSWPIN, PSWPOUT
 
 __all__ = [
     "add_to_swap",
@@ -77,6 +77,7 @@ def add_to_swap(mem: Memory, pfn: int, slot: int) -> None:
     mem.pages.flags[pfn] |= np.uint32(PG_swapcache | PG_swapbacked | PG_dirty)
     mem.pages.private[pfn] = slot
     mem.swap.cache[slot] = pfn
+    mem.mod_page(NR_FILE_PAGES, pfn, +1)
     mem.mod_page(NR_SWAPCACHE, pfn, +1)
 
 
@@ -128,6 +129,7 @@ def delete_from_swap_cache(mem: Memory, pfn: int) -> None:
     mem.pages.flags[pfn] &= np.uint32(~PG_swapcache & 0xFFFFFFFF)
     mem.pages.flags[pfn] |= np.uint32(PG_dirty)
     mem.pages.private[pfn] = 0
+    mem.mod_page(NR_FILE_PAGES, pfn, -1)
     mem.mod_page(NR_SWAPCACHE, pfn, -1)
     if mem.swap.swap_map[slot] == 0:
         _slot_free(mem, slot)
