@@ -417,17 +417,17 @@ def mkwrite_range(mem: Memory, mm: Mm, start: int, end: int) -> None:
             ptes[places[own]] |= np.uint64(PAGE_RW)
 
 
-def do_mremap(mem: Memory, mm: Mm, old: int, length: int, new: int) -> Steps[int]:
+def do_mremap(mem: Memory, mm: Mm, old: int, length: int, new: int, new_length: int) -> Steps[int]:
     """Move [old, old + length) to `new`, replacing what is there (MREMAP_MAYMOVE | MREMAP_FIXED).
 
-    Whole page tables move where both ends are 2 MiB aligned; elsewhere huge PMDs are split first,
+    What `new_length` cuts off is unmapped before the move, what it adds is empty. Whole page tables move where both ends are 2 MiB aligned; elsewhere huge PMDs are split first,
     and their subpages end up in foreign page tables.
     Raises: OSError EINVAL, EFAULT; OutOfMemory: the range is back where it was, `new` is unmapped.
     """
-    old_end, new_end = check_range(old, length), check_range(new, length)
+    old_end, new_end = check_range(old, length), check_range(new, new_length)
     if old < new_end and new < old_end:
         raise os_error(
-            errno.EINVAL, f"old={old:#x} and new={new:#x} overlap within length={length:#x}"
+            errno.EINVAL, f"[{old:#x}, {old_end:#x}) and [{new:#x}, {new_end:#x}) overlap"
         )
     yield Acquire(mm.mmap_lock, WRITE)
     vma = find_vma(mm, old)
@@ -435,8 +435,13 @@ def do_mremap(mem: Memory, mm: Mm, old: int, length: int, new: int) -> Steps[int
         yield Release(mm.mmap_lock)
         raise os_error(errno.EFAULT, f"[{old:#x}, {old_end:#x}) is not inside one mapping")
     _unmap(mem, mm, new, new_end)
-    (vma,) = isolate_vmas(mem, mm, old, old_end)
-    moved = Vma(mm, new, new_end, vma.vm_flags & ~VM_UFFD_FLAGS, vma.vm_pgoff)
+    moved_end = min(old_end, old + new_end - new)
+    if moved_end < old_end:
+        _unmap(mem, mm, moved_end, old_end)
+    (vma,) = isolate_vmas(mem, mm, old, moved_end)
+    # Without pages of its own it takes the place's offset, so that it can merge there (copy_vma).
+    pgoff = new >> PAGE_SHIFT if vma.anon_vma is None else vma.vm_pgoff
+    moved = Vma(mm, new, new + moved_end - old, vma.vm_flags & ~VM_UFFD_FLAGS, pgoff)
     moved.anon_vma = vma.anon_vma
     anon_vma_clone(moved, vma)
     _insert(mm, moved)
@@ -447,6 +452,8 @@ def do_mremap(mem: Memory, mm: Mm, old: int, length: int, new: int) -> Steps[int
         # The tables that have moved find their old places still there: moving back cannot fail.
         _move_page_tables(mem, moved, vma)
         error, vma, moved = failure, moved, vma
+    else:
+        moved.vm_end = new_end
     mm.vmas.remove(vma)
     free_pgtables(mem, mm, vma.vm_start, vma.vm_end)
     unlink_anon_vmas(mem, vma)
@@ -592,7 +599,8 @@ def _copy_pte_range(mem: Memory, vma: Vma, copy: Vma, low: int, high: int) -> No
 
     present = np.flatnonzero(source & U_PRESENT)
     zero = present[pte_pfns(source[present]) == mem.zero_pfn]
-    target[zero] = source[zero] & np.uint64(~(PAGE_RW | PAGE_UFFD_WP) & (1 << 64) - 1)
+    mask = np.uint64(~(PAGE_RW | PAGE_ACCESSED | PAGE_UFFD_WP) & (1 << 64) - 1)
+    target[zero] = source[zero] & mask
     shared = present[pte_pfns(source[present]) != mem.zero_pfn]
     if vma.mm.flags & MMF_HAS_PINNED:
         shared = _copy_pinned(mem, copy, low, source, target, shared)
@@ -602,7 +610,7 @@ def _copy_pte_range(mem: Memory, vma: Vma, copy: Vma, low: int, high: int) -> No
     pages.mapcount[pfns] += 1
     pages.flags[pfns] &= np.uint32(~PG_anon_exclusive & 0xFFFFFFFF)
     source[shared] &= np.uint64(~PAGE_RW & (1 << 64) - 1)
-    target[shared] = source[shared] & np.uint64(~(PAGE_ACCESSED | PAGE_UFFD_WP) & (1 << 64) - 1)
+    target[shared] = source[shared] & mask
     mem.mod_mm(copy.mm, MM_ANONPAGES, len(shared))
 
 
