@@ -234,9 +234,13 @@ class Process:
         return do_mprotect(self.mem, self.mm, addr, length, _check_prot(prot))
 
     @steps
-    def mremap(self, old: int, length: int, new: int) -> Steps[int]:
-        """Move a range to `new` (MREMAP_MAYMOVE | MREMAP_FIXED). Raises: OSError EFAULT, EINVAL."""
-        return do_mremap(self.mem, self.mm, old, length, new)
+    def mremap(self, old: int, length: int, new: int, new_length: int | None = None) -> Steps[int]:
+        """Move a range to `new` (MREMAP_MAYMOVE | MREMAP_FIXED), cut or grown to `new_length`.
+
+        Raises: OSError EFAULT (not one mapping), EINVAL (the places overlap).
+        """
+        to_length = length if new_length is None else new_length
+        return do_mremap(self.mem, self.mm, old, length, new, to_length)
 
     @steps
     def mlock(self, addr: int, length: int) -> Steps[None]:
