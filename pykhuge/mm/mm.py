@@ -72,7 +72,7 @@ from pykhuge.mm.rmap import (
     set_pmd,
     unlink_anon_vmas,
 )
-from pykhuge.mm.swap import lru_cache_add, put_pages
+from pykhuge.mm.swap import lru_add_drain, lru_cache_add, put_pages
 from pykhuge.mm.swap_state import free_swap_cache, swap_duplicate, swap_free
 from pykhuge.mm.vmstat import MM_ANONPAGES, MM_SWAPENTS
 
@@ -262,8 +262,10 @@ def free_pgtables(mem: Memory, mm: Mm, start: int, end: int) -> None:
 def zap_page_range(mem: Memory, vma: Vma, start: int, end: int) -> None:
     """Empty the page-table entries of [start, end), which lies in `vma`; the tables stay.
 
-    Kernel: zap_pte_range, zap_huge_pmd. Locks: mmap_lock.
+    This CPU's LRU batch is drained first, so that no page waits in it to be freed.
+    Kernel: unmap_region, zap_page_range_single, zap_pte_range, zap_huge_pmd. Locks: mmap_lock.
     """
+    lru_add_drain(mem)
     for low, high in each_block(start, end):
         pmd = pmd_of(mem, vma.mm, low)
         if not pmd:
@@ -499,6 +501,7 @@ def _move_pmd(mem: Memory, mm: Mm, old: int, new: int, pmd: int) -> None:
 
 def mlock_vma_range(mem: Memory, mm: Mm, start: int, end: int, *, lock: bool) -> None:
     """Mark what is mapped in [start, end) as mlocked or not; the VMAs have VM_LOCKED already."""
+    lru_add_drain(mem)
     for low, high in each_block(start, end):
         pmd = pmd_of(mem, mm, low)
         if not pmd:
