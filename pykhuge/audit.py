@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.kernel.panic import KernelBug
-from pykhuge.mm.mm_types import Mm, Vma
+from pykhuge.mm.mm_types import VM_UFFD_WP, VM_WRITE, Mm, Vma
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import (
     GUP_PIN_COUNTING_BIAS,
@@ -36,6 +36,8 @@ from pykhuge.mm.page import (
 )
 from pykhuge.mm.page_table import (
     PAGE_RW,
+    PAGE_SWP_EXCLUSIVE,
+    PAGE_UFFD_WP,
     PUD_SHIFT,
     SWP_TYPE_SHIFT,
     U_PRESENT,
@@ -74,6 +76,8 @@ class Recount:
     pins: Counter[int] = field(default_factory=Counter)
     tables: list[int] = field(default_factory=list)
     slots: Counter[int] = field(default_factory=Counter)
+    exclusive_slots: list[int] = field(default_factory=list)
+    detached: list[Pfns] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
 
     def expect(self, what: str, counted: object, recounted: object) -> None:
@@ -90,6 +94,7 @@ def audit(mem: Memory) -> None:
     recount = Recount()
     for mm in mem.mms:
         _walk_mm(mem, mm, recount)
+    _check_vmas(mem, recount)
     _other_references(mem, recount)
     used = _used_pages(mem)
     _check_pages(mem, recount, used)
@@ -133,15 +138,40 @@ def _walk_mm(mem: Memory, mm: Mm, recount: Recount) -> None:
         recount.expect(f"{mm.name}: deposited tables of GiB {gib}", len(deposits), huge)
         recount.tables.extend(deposits)
         tables += len(deposits)
+    if mm.detached and mm.mmap_lock.writer is None:
+        recount.findings.append(f"{mm.name}: a page table is detached, and nobody is at it")
     for addr, pmd in mm.detached.items():
         tables += 1
         recount.tables.append(pte_pfn(pmd))
+        recount.detached.append(_mapped_heads(mem, mem.ram.words[pte_pfn(pmd)]))
         seen = _see_table(mem, mm, addr, mem.ram.words[pte_pfn(pmd)], recount)
         anon, swapped = anon + seen[0], swapped + seen[1]
     expected = {MM_ANONPAGES: anon, MM_SWAPENTS: swapped}
     for item, name in enumerate(MM_COUNTERS):
         recount.expect(f"{mm.name}: {name}", mm.rss_stat[item], expected.get(item, 0))
     recount.expect(f"{mm.name}: pgtables_bytes", mm.pgtables_bytes, tables * PAGE_SIZE)
+
+
+def _check_vmas(mem: Memory, recount: Recount) -> None:
+    """VMAs are in order and apart; they and their anon_vmas know each other."""
+    linked: Counter[tuple[int, int]] = Counter()
+    for mm in mem.mms:
+        ends = [vma.vm_end for vma in mm.vmas]
+        for vma, end in zip(mm.vmas, [0, *ends], strict=False):
+            if not end <= vma.vm_start < vma.vm_end or (vma.vm_start | vma.vm_end) % PAGE_SIZE:
+                recount.findings.append(f"{mm.name}: VMA {vma} is out of order")
+            linked.update((anon_vma.key, id(vma)) for anon_vma in vma.anon_vma_chain)
+            if vma.anon_vma is not None and vma.anon_vma not in vma.anon_vma_chain:
+                recount.findings.append(f"{mm.name}: VMA {vma} is not on its own anon_vma")
+    for anon_vma in mem.mappings.values():
+        linked.subtract((anon_vma.key, id(vma)) for vma in anon_vma.vmas)
+    for key in sorted({key for (key, _), number in linked.items() if number}):
+        recount.findings.append(f"anon_vma {key} and its VMAs do not know each other")
+
+
+def _mapped_heads(mem: Memory, ptes: Ptes) -> Pfns:
+    """The pages, by their heads, that a page table maps."""
+    return compound_head(mem.pages, pte_pfns(ptes[ptes & U_PRESENT != 0]))
 
 
 def _see_huge(mem: Memory, mm: Mm, addr: int, pmd: int, recount: Recount) -> int:
@@ -156,6 +186,7 @@ def _see_huge(mem: Memory, mm: Mm, addr: int, pmd: int, recount: Recount) -> int
     recount.entire.append(head)
     recount.refer([head])
     _check_rmap(mem, vma, np.array([addr]), np.array([head]), recount)
+    _check_write(vma, np.array([addr]), np.array([pmd], np.uint64), recount)
     if pmd & PAGE_RW and not mem.pages.flags[head] & PG_anon_exclusive:
         recount.findings.append(f"{mm.name}: huge page {head:#x} is writable but not exclusive")
     return HPAGE_PMD_NR
@@ -166,6 +197,9 @@ def _see_table(mem: Memory, mm: Mm, addr: int, ptes: Ptes, recount: Recount) -> 
     swapped = ptes[is_swap_ptes(ptes)]
     swapped = swapped[swapped >> np.uint64(SWP_TYPE_SHIFT) == 0]
     recount.slots.update(swp_offsets(swapped).tolist())
+    recount.exclusive_slots.extend(
+        swp_offsets(swapped[swapped & np.uint64(PAGE_SWP_EXCLUSIVE) != 0]).tolist()
+    )
     places = np.flatnonzero(ptes & U_PRESENT)
     pfns = pte_pfns(ptes[places])
     normal = pfns != mem.zero_pfn
@@ -177,6 +211,7 @@ def _see_table(mem: Memory, mm: Mm, addr: int, ptes: Ptes, recount: Recount) -> 
         inside = (addrs >= vma.vm_start) & (addrs < vma.vm_end)
         if inside.any():
             _check_rmap(mem, vma, addrs[inside], pfns[inside], recount)
+            _check_write(vma, addrs[inside], ptes[places[inside]], recount)
             pfns, addrs, places = pfns[~inside], addrs[~inside], places[~inside]
     recount.findings.extend(
         f"{mm.name}: page {pfn:#x} is mapped at {at:#x}, outside of any VMA"
@@ -188,6 +223,16 @@ def _see_table(mem: Memory, mm: Mm, addr: int, ptes: Ptes, recount: Recount) -> 
         f"{mm.name}: page {pfn:#x} is writable but not exclusive" for pfn in shared.tolist()
     )
     return int(np.count_nonzero(normal)), len(swapped)
+
+
+def _check_write(vma: Vma, addrs: npt.NDArray[np.int64], ptes: Ptes, recount: Recount) -> None:
+    """Entries are writable only where the VMA is, and never where userfaultfd protects them."""
+    writable = ptes & np.uint64(PAGE_RW) != 0
+    if vma.vm_flags & VM_WRITE:
+        watched = bool(vma.vm_flags & VM_UFFD_WP)
+        writable &= (ptes & np.uint64(PAGE_UFFD_WP) != 0) & watched
+    for addr in addrs[writable].tolist():
+        recount.findings.append(f"{vma.mm.name}: the entry at {addr:#x} may not be writable")
 
 
 def _vma_at(mm: Mm, addr: int) -> Vma | None:
@@ -248,6 +293,12 @@ def _check_pages(mem: Memory, recount: Recount, used: Pfns) -> None:
     tables = np.sort(np.array(recount.tables, np.int64))
     if not np.array_equal(tables, used[flags & np.uint32(PG_table) != 0]):
         recount.findings.append("page-table pages are not those that the address spaces use")
+    isolated = used[flags & np.uint32(PG_isolated) != 0]
+    by_collapses = np.concatenate([*recount.detached, used[:0]])
+    recount.findings.extend(
+        f"page {pfn:#x} is isolated, and no collapse is at it"
+        for pfn in isolated[~np.isin(isolated, by_collapses)].tolist()
+    )
     locked = used[(flags & np.uint32(PG_locked) != 0) & (flags & held == 0)]
     by_others = {pfn for each in mem.user_pages if each.locked for pfn in each.pfns.tolist()}
     recount.findings.extend(
@@ -314,6 +365,11 @@ def _check_swap(mem: Memory, recount: Recount, used: Pfns) -> None:
         recount.expect(f"swap slot {slot}: users", device.swap_map.get(slot), recount.slots[slot])
         if not recount.slots[slot] and slot not in device.cache:
             recount.findings.append(f"swap slot {slot} is kept for nobody")
+    recount.findings.extend(
+        f"swap slot {slot} is exclusive, and not the only one"
+        for slot in recount.exclusive_slots
+        if recount.slots[slot] > 1
+    )
     cached = used[mem.pages.flags[used] & np.uint32(PG_swapcache) != 0]
     recount.expect("swap cache", sorted(device.cache.values()), cached.tolist())
     for slot, pfn in device.cache.items():
