@@ -34,7 +34,7 @@ from pykhuge.mm.page_table import (
     pte_index,
     pte_pfn,
 )
-from pykhuge.mm.rmap import page_remove_rmap, pmd_of
+from pykhuge.mm.rmap import page_remove_rmap, pmd_of, set_pmd
 from pykhuge.mm.swap import isolate_lru_pages, lru_add_drain, lru_item, put_pages, putback_lru_pages
 from pykhuge.mm.swap_state import (
     add_to_swap,
@@ -75,7 +75,9 @@ def mark_page_lazyfree_range(mem: Memory, vma: Vma, start: int, end: int) -> Non
     """
     lru_add_drain(mem)
     for low, high in each_block(start, end):
-        ptes = _small_ptes(mem, vma, low, high, split=high - low < HPAGE_PMD_SIZE)
+        if high - low == HPAGE_PMD_SIZE and _free_huge_pmd(mem, vma, low):
+            continue
+        ptes = _small_ptes(mem, vma, low, high, split=True)
         for place in range(len(ptes)):
             pte = int(ptes[place])
             addr = low + (place << PAGE_SHIFT)
@@ -84,6 +86,23 @@ def mark_page_lazyfree_range(mem: Memory, vma: Vma, start: int, end: int) -> Non
             elif pte and pte_pfn(pte) != mem.zero_pfn and _may_lazyfree(mem, pte_pfn(pte)):
                 ptes[place] = pte & ~(PAGE_ACCESSED | PAGE_DIRTY)
                 _mark_lazyfree(mem, pte_pfn(pte))
+
+
+def _free_huge_pmd(mem: Memory, vma: Vma, addr: int) -> bool:
+    """MADV_FREE of one whole huge page, which stays whole. False if no huge PMD is there.
+
+    Kernel: madvise_free_huge_pmd.
+    """
+    pmd = pmd_of(mem, vma.mm, addr)
+    if not pmd or not pmd_trans_huge(pmd):
+        return False
+    head = pte_pfn(pmd)
+    alone = head != mem.huge_zero_pfn and mem.pages.total_mapcount(head) == 1
+    if alone and not mem.pages.flags[head] & PG_locked:
+        set_pmd(mem, vma.mm, addr, pmd & ~(PAGE_ACCESSED | PAGE_DIRTY))
+        if mem.pages.flags[head] & PG_lru and mem.pages.flags[head] & PG_swapbacked:
+            _mark_lazyfree(mem, head)
+    return True
 
 
 def _small_ptes(mem: Memory, vma: Vma, low: int, high: int, *, split: bool) -> Ptes:
@@ -118,8 +137,9 @@ def _mark_lazyfree(mem: Memory, pfn: int) -> None:
     flags = int(mem.pages.flags[pfn])
     lazy = flags & ~(PG_swapbacked | PG_active | PG_referenced)
     mem.pages.flags[pfn] = lazy
-    mem.mod_page(lru_item(flags), pfn, -1)
-    mem.mod_page(lru_item(lazy), pfn, +1)
+    nr = mem.pages.compound_nr(pfn)
+    mem.mod_page(lru_item(flags), pfn, -nr)
+    mem.mod_page(lru_item(lazy), pfn, +nr)
 
 
 def _reclaim(mem: Memory, vma: Vma, ptes: Ptes, place: int, pfn: int) -> None:
