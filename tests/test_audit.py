@@ -117,7 +117,6 @@ def subpage_mapcount(scene: Scene) -> None:
 
 def leaked_page(scene: Scene) -> None:
     """A frame with a reference that nobody has."""
-    scene.mem.pages.refcount[scene.mem.nodes[0].end_pfn // 2] = 0
     free = scene.mem.nodes[0].high * NR - 1
     scene.mem.pages.refcount[free] += 1
 
@@ -247,7 +246,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Scene], None], str]] = {
     "leaked page": (leaked_page, r"refcount is 1, recount 0"),
     "PG_lru": (flag(pg.PG_lru), r"node0: nr_inactive_anon is \d+, recount \d+"),
     "PG_active": (flag(pg.PG_active), r"node0: nr_active_anon is 0, recount 1"),
-    "PG_unevictable": (flag(pg.PG_unevictable), r"node0: nr_unevictable is 1, recount 2"),
+    "PG_unevictable": (flag(pg.PG_unevictable), r"node0: nr_unevictable is 0, recount 1"),
     "PG_swapbacked": (flag(pg.PG_swapbacked), r"node0: nr_inactive_file is 0, recount 1"),
     "PG_mlocked": (flag(pg.PG_mlocked), r"node0: nr_mlock is 1, recount 2"),
     "PG_swapcache": (flag(pg.PG_swapcache), r"node0: nr_swapcached is 1, recount 2"),
