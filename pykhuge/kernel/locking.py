@@ -74,10 +74,10 @@ class RwSem:
 
         Raises: KernelBug if the holder would break the lock order or wait for itself.
         """
-        if holder.held and holder.held[-1].rank >= self.rank:
-            raise KernelBug(
-                f"{holder.comm} takes {self} while it holds {holder.held[-1]}: wrong order"
-            )
+        # All of them: a trylock may have been taken against the order.
+        for held in holder.held:
+            if held.rank >= self.rank:
+                raise KernelBug(f"{holder.comm} takes {self} while it holds {held}: wrong order")
         if not self.trylock(holder, mode):
             raise KernelBug(f"{holder.comm} takes {self} for {mode.value}, which is not available")
 
