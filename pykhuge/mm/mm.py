@@ -146,6 +146,9 @@ def do_mmap(
         _unmap(mem, mm, addr, addr + length)
     elif addr is None or vmas_in(mm, addr, addr + length):
         addr = _unmapped_area(mm, length)
+        if addr + length > TASK_SIZE:
+            yield Release(mm.mmap_lock)
+            raise os_error(errno.ENOMEM, f"length={length:#x}: allowed up to what is free")
     vma = Vma(mm, addr, addr + length, vm_flags, addr >> PAGE_SHIFT)
     _insert(mm, vma)
     _merge(mem, mm, vma)
@@ -360,6 +363,8 @@ def do_mprotect(mem: Memory, mm: Mm, addr: int, length: int, prot: int) -> Steps
 
     Raises: OSError ENOMEM at the first gap; what lies below it is changed, as in the kernel.
     """
+    if length == 0 and addr % PAGE_SIZE == 0:
+        return
     end = check_range(addr, length)
     yield Acquire(mm.mmap_lock, WRITE)
     stop = mapped_up_to(mm, addr, end)
@@ -422,8 +427,9 @@ def mkwrite_range(mem: Memory, mm: Mm, start: int, end: int) -> None:
 def do_mremap(mem: Memory, mm: Mm, old: int, length: int, new: int, new_length: int) -> Steps[int]:
     """Move [old, old + length) to `new`, replacing what is there (MREMAP_MAYMOVE | MREMAP_FIXED).
 
-    What `new_length` cuts off is unmapped before the move, what it adds is empty. Whole page tables move where both ends are 2 MiB aligned; elsewhere huge PMDs are split first,
-    and their subpages end up in foreign page tables.
+    What `new_length` cuts off is unmapped before the move, what it adds is empty. Whole page tables
+    move where both ends are 2 MiB aligned; elsewhere huge PMDs are split first, and their subpages
+    end up in foreign page tables.
     Raises: OSError EINVAL, EFAULT; OutOfMemory: the range is back where it was, `new` is unmapped.
     """
     old_end, new_end = check_range(old, length), check_range(new, new_length)
