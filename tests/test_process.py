@@ -1,0 +1,190 @@
+"""Process: bad arguments, reads and writes, pins, what a dead process answers."""
+
+import errno
+from collections.abc import Callable
+
+import pytest
+from collapse_kit import HPAGE, NR, PAGE, advised, block_bytes, counters, faults, fill
+
+from pykhuge import Advice, BusError, Machine, Process, SegmentationFault
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "message"),
+    [
+        (lambda p, _: p.mmap(0), "EINVAL", r"length=0: allowed 1 and more"),
+        (lambda p, _: p.mmap(-1), "EINVAL", r"length=-1: allowed 1 and more"),
+        (lambda p, _: p.mmap(PAGE, addr=5), "EINVAL", r"addr=0x5: allowed multiples of 4096"),
+        (lambda p, _: p.mmap(1 << 60), "ENOMEM", r"length=0x1000000000000000: allowed up to"),
+        (lambda p, _: p.mmap(PAGE, prot=8), "EINVAL", r"prot=0x8: allowed an OR of PROT_READ"),
+        (lambda p, a: p.munmap(a + 1, PAGE), "EINVAL", r"allowed multiples of 4096"),
+        (lambda p, a: p.munmap(a, 0), "EINVAL", r"length=0"),
+        (lambda p, a: p.mprotect(a, PAGE, 16), "EINVAL", r"prot=0x10"),
+        (lambda p, a: p.madvise(a, PAGE, 999), "EINVAL", r"advice=999: allowed MADV_DONTNEED \(4"),
+        (lambda p, a: p.madvise(a + 1, PAGE, 4), "EINVAL", r"allowed multiples of 4096"),
+        (lambda p, a: p.mremap(a, PAGE, a), "EINVAL", r"overlap"),
+        (lambda p, _: p.mlock(0, PAGE), "ENOMEM", r"nothing is mapped at 0x0"),
+        (
+            lambda p, a: p.userfaultfd().register(a, PAGE, missing=False),
+            "EINVAL",
+            r"missing=False wp=False: allowed one",
+        ),
+        (lambda p, a: p.userfaultfd().copy(a, b"x"), "EINVAL", r"data has 1 bytes"),
+        (lambda p, a: p.userfaultfd().zeropage(a, PAGE), "ENOENT", r"not registered"),
+        (lambda p, a: p.userfaultfd().writeprotect(a, PAGE), "ENOENT", r"not registered"),
+    ],
+)
+def test_bad_arguments_carry_errno_and_bound_and_change_nothing(
+    machine: Machine,
+    process: Process,
+    call: Callable[[Process, int], object],
+    number: str,
+    message: str,
+) -> None:
+    """The kernel's errno, the value, what is allowed; VMAs, pages and locks are as before."""
+    addr = process.mmap(PAGE)
+    process.write(addr, b"x")
+    before = counters(machine, process), [str(vma) for vma in process.mm.vmas]
+    with pytest.raises(OSError, match=message) as failed:
+        call(process, addr)
+    assert errno.errorcode[failed.value.errno or 0] == number
+    assert (counters(machine, process), [str(vma) for vma in process.mm.vmas]) == before
+    assert process.mm.mmap_lock.holders == []
+    assert process.read(addr, 1) == b"x"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda p: p.read(-1, 1),
+        lambda p: p.read(0, -1),
+        lambda p: p.pin(-PAGE, 1),
+        lambda p: p.poison(0x5000),
+        lambda p: p.lock_page(0x5000),
+    ],
+)
+def test_bad_addresses_are_value_errors(
+    process: Process, call: Callable[[Process], object]
+) -> None:
+    """Not something a system call sees: ValueError with the address."""
+    with pytest.raises(ValueError, match=r"addr=.*allowed"):
+        call(process)
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"),
+    [
+        (0, 1),
+        (4095, 2),
+        (100, 3 * PAGE),
+        (HPAGE - 1, 2),
+        (HPAGE - 7, HPAGE + 14),
+        (0, 3 * HPAGE),
+        (5, 0),
+    ],
+)
+def test_reads_and_writes_cross_pages_and_blocks(
+    process: Process, offset: int, length: int
+) -> None:
+    """Any offset and length: what was written is read, what lies beside it is untouched."""
+    addr = process.mmap(3 * HPAGE)
+    data = block_bytes(3, NR * 3 + 1)[:length]
+    with faults(process, "never"):
+        process.write(addr + offset, data)
+        assert process.read(addr + offset, length) == data
+        expected = bytearray(3 * HPAGE)
+        expected[offset : offset + length] = data
+        assert process.read(addr, 3 * HPAGE) == expected
+
+
+def test_write_takes_any_bytes(process: Process) -> None:
+    """bytes, bytearray, memoryview."""
+    addr = process.mmap(PAGE)
+    for data in (b"abc", bytearray(b"def"), memoryview(b"ghi")):
+        process.write(addr, data)
+        assert process.read(addr, 3) == bytes(data)
+
+
+def test_dead_process_answers_esrch(machine: Machine, process: Process) -> None:
+    """After exit every call is ESRCH, and its memory is free."""
+    addr = process.mmap(PAGE)
+    process.write(addr, b"x")
+    process.exit()
+    for call in (
+        lambda: process.read(addr, 1),
+        lambda: process.mmap(PAGE),
+        process.fork,
+        process.exit,
+    ):
+        with pytest.raises(ProcessLookupError):
+            call()
+    machine.lru_add_drain_all()
+    assert machine.vmstat()["nr_anon_pages"] == 0
+    assert machine.vmstat()["nr_page_table_pages"] == 0
+
+
+def test_pins_are_released_once(process: Process) -> None:
+    """A second release is an error of the caller's."""
+    addr = process.mmap(PAGE)
+    for held in (process.pin(addr, 1), process.get(addr, 1), process.lock_page(addr)):
+        held.release()
+        with pytest.raises(ValueError, match="released already"):
+            held.release()
+
+
+def test_pin_breaks_copy_on_write_first(process: Process) -> None:
+    """A pin for writing gets a page of the process's own."""
+    addr = process.mmap(PAGE)
+    process.write(addr, b"x")
+    child = process.fork()
+    held = child.pin(addr, 1)
+    assert held.pfns.tolist() == [child.pfn(addr)]
+    assert child.pfn(addr) != process.pfn(addr)
+    held.release()
+
+
+def test_pin_of_nothing_holds_nothing(process: Process) -> None:
+    """A range that runs out of its mapping is refused whole."""
+    addr = process.mmap(2 * PAGE)
+    with pytest.raises(SegmentationFault):
+        process.pin(addr, 3 * PAGE)
+    assert process.mem.user_pages == []
+
+
+@pytest.mark.parametrize("huge", [False, True])
+def test_poison_is_by_line(process: Process, huge: bool) -> None:
+    """Reads that do not touch the bad line succeed; those that do are SIGBUS for its page."""
+    addr = advised(process)
+    if huge:
+        process.write(addr, block_bytes())
+    else:
+        fill(process, addr)
+    process.poison(addr + 7 * PAGE + 130)  # line 2
+    content = block_bytes()
+    low, high = 7 * PAGE + 128, 7 * PAGE + 192
+    assert process.read(addr, low) == content[:low]
+    assert process.read(addr + high, HPAGE - high) == content[high:]
+    for offset, length in ((low, 1), (high - 1, 1), (low - 1, 2), (0, HPAGE)):
+        with pytest.raises(BusError) as raised:
+            process.read(addr + offset, length)
+        error = raised.value
+        assert (error.address, error.code, error.lsb) == (addr + 7 * PAGE, 4, 12)
+
+
+@pytest.mark.parametrize("advice", [Advice.MADV_POPULATE_READ, Advice.MADV_POPULATE_WRITE])
+def test_populate_faults_in(process: Process, advice: Advice) -> None:
+    """POPULATE_READ maps zero pages, POPULATE_WRITE real ones."""
+    addr = process.mmap(5 * PAGE)
+    process.madvise(addr, 5 * PAGE, advice)
+    assert process.mm.rss_stat[1] == (5 if advice is Advice.MADV_POPULATE_WRITE else 0)
+    assert process.pfn(addr + 4 * PAGE) is not None
+
+
+@pytest.mark.parametrize("end", [1, 2, 511])
+def test_advice_on_part_of_a_mapping_ends_there(process: Process, end: int) -> None:
+    """Nothing behind the range is touched."""
+    addr = process.mmap(HPAGE)
+    fill(process, addr)
+    process.madvise(addr, end * PAGE, Advice.MADV_DONTNEED)
+    assert process.mm.rss_stat[1] == NR - end
+    assert process.read(addr + end * PAGE, HPAGE - end * PAGE) == block_bytes(end, NR - end)
