@@ -245,6 +245,8 @@ class Process:
     @steps
     def mlock(self, addr: int, length: int) -> Steps[None]:
         """Fault the range in and keep it in: its pages become unevictable."""
+        if length == 0 and addr % PAGE_SIZE == 0:
+            return
         end = check_range(addr & -PAGE_SIZE, length + addr % PAGE_SIZE)
         yield from self._set_locked(addr & -PAGE_SIZE, end, lock=True)
         for vma in vmas_in(self.mm, addr, end):
@@ -258,6 +260,8 @@ class Process:
     @steps
     def munlock(self, addr: int, length: int) -> Steps[None]:
         """Undo mlock."""
+        if length == 0 and addr % PAGE_SIZE == 0:
+            return
         end = check_range(addr & -PAGE_SIZE, length + addr % PAGE_SIZE)
         yield from self._set_locked(addr & -PAGE_SIZE, end, lock=False)
 
