@@ -174,7 +174,11 @@ def handle_mm_fault(mem: Memory, mm: Mm, start: int, end: int, *, write: bool) -
         while start < end:
             vma = access_vma(mm, start, write=write)
             stop = min(end, vma.vm_end, (start & -HPAGE_PMD_SIZE) + HPAGE_PMD_SIZE)
-            _fault_block(mem, vma, start, stop, write)
+            try:
+                _fault_block(mem, vma, start, stop, write)
+            except BusError as error:
+                # si_addr is the very address that was touched, not its page (do_sigbus).
+                raise BusError(max(error.address, start), error.code, error.lsb) from None
             start = stop
     except BaseException:
         mm.mmap_lock.unlock(mem.sched.current)
