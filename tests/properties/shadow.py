@@ -109,11 +109,13 @@ class Shadow:
 
     def readable(self) -> npt.NDArray[np.bool_]:
         """Where a load may go: any permission lets x86 read."""
-        return self.mapped & (self.prot != 0)
+        allowed: npt.NDArray[np.bool_] = self.mapped & (self.prot != 0)
+        return allowed
 
     def writable(self) -> npt.NDArray[np.bool_]:
         """Where a store may go."""
-        return self.mapped & (self.prot & PROT_WRITE != 0)
+        allowed: npt.NDArray[np.bool_] = self.mapped & (self.prot & PROT_WRITE != 0)
+        return allowed
 
 
 @dataclass
@@ -165,15 +167,14 @@ def look(machine: Machine, process: Process, *, detached: bool = True) -> Look:
 def check_contents(machine: Machine, process: Process, shadow: Shadow) -> None:
     """Hold every byte of the arena against the shadow; a lazily freed page may have become zero."""
     mem, seen = machine.mem, look(machine, process)
+    words = shadow.data.view(np.uint64)
     present = np.flatnonzero(seen.present)
     assert shadow.mapped[present].all(), "pages are present where nothing is mapped"
-    differs = present[
-        (mem.ram.pages[seen.frames[present]] != shadow.data[present]).any(axis=1)
-    ].tolist()
+    differs = present[(mem.ram.words[seen.frames[present]] != words[present]).any(axis=1)].tolist()
     absent = np.flatnonzero(~seen.present)
     differs += [
         page
-        for page in absent[shadow.data[absent].any(axis=1)].tolist()
+        for page in absent[words[absent].any(axis=1)].tolist()
         if _absent_contents(machine, int(seen.words[page])) != shadow.data[page].tobytes()
     ]
     for page in differs:
@@ -192,7 +193,7 @@ def check_contents(machine: Machine, process: Process, shadow: Shadow) -> None:
 
 def _contents(machine: Machine, seen: Look, page: int) -> bytes:
     if seen.present[page]:
-        return machine.mem.ram.pages[seen.frames[page]].tobytes()
+        return bytes(machine.mem.ram.pages[seen.frames[page]])
     return _absent_contents(machine, int(seen.words[page]))
 
 
@@ -201,7 +202,7 @@ def _absent_contents(machine: Machine, word: int) -> bytes:
         return bytes(PAGE)
     slot, mem = swp_offset(word), machine.mem
     if slot in mem.swap.cache:
-        return mem.ram.pages[mem.swap.cache[slot]].tobytes()
+        return bytes(mem.ram.pages[mem.swap.cache[slot]])
     return mem.swap.contents[slot]
 
 

@@ -147,9 +147,7 @@ def test_lru_batches_flush_as_if_pages_came_one_by_one(  # noqa: C901
             # Somebody lets go of pages that wait, or lie on the list.
             nr = rng.randint(1, len(slow.references))
             drop = rng.sample(sorted(slow.references), nr)
-            drop = [
-                pfn for pfn in drop if slow.references[pfn] == 1 + (pfn in sum(slow.waiting, []))
-            ]
+            drop = [pfn for pfn in drop if slow.references[pfn] == 1 + slow.waits(pfn)]
             if drop:
                 put_pages(mem, np.array(drop))
             for pfn in drop:
@@ -190,7 +188,7 @@ def test_swap_entries_come_back_as_they_were_encoded(
     word = make_swap_pte(kind, offset, exclusive=exclusive, uffd_wp=uffd_wp)
     # arch/x86: bits 59..63 type, 9..58 the offset inverted, 3 exclusive, 2 uffd-wp.
     inverted = (1 << 50) - 1 - offset
-    assert word == sum([kind << 59, inverted << 9, exclusive << 3, uffd_wp << 2])
+    assert word == kind << 59 | inverted << 9 | exclusive << 3 | uffd_wp << 2
     assert word < 1 << 64
     assert not word & PAGE_PRESENT
     assert is_swap_pte(word)
