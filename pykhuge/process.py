@@ -303,7 +303,6 @@ class Process:
         yield Acquire(self.mm.mmap_lock, mode)
         try:
             yield from self._advise(addr, end, advice)
-            check_mapped(self.mm, addr, end)
         except OSError:
             yield Release(self.mm.mmap_lock)
             raise
@@ -322,12 +321,17 @@ class Process:
         if advice in _FLAGS:
             bits, cleared = _FLAGS[advice]
             change_flags(self.mem, self.mm, start, end, lambda vma: vma.vm_flags & ~cleared | bits)
+            check_mapped(self.mm, start, end)
             return
         # Looked up one by one: a collapse drops mmap_lock, and the VMAs may be others afterwards.
+        # A gap counts if the walk meets it: what goes while a VMA is worked on is not missed.
+        gap: int | None = None
         while start < end:
             vma = find_vma(self.mm, start)
+            if gap is None and (vma is None or vma.vm_start > start):
+                gap = start
             if vma is None or vma.vm_start >= end:
-                return
+                break
             low, high = max(start, vma.vm_start), min(end, vma.vm_end)
             start = high
             if advice is Advice.MADV_COLLAPSE:
@@ -337,6 +341,8 @@ class Process:
                 raise os_error(errno.EINVAL, f"{advice.name} of mlocked memory at {low:#x}")
             else:
                 _ON_PAGES[advice](self.mem, vma, low, high)
+        if gap is not None:
+            raise os_error(errno.ENOMEM, f"nothing is mapped at {gap:#x}")
 
     @steps
     def fork(self, comm: str | None = None) -> Steps[Process]:
