@@ -1,14 +1,13 @@
 """What the tests of the model build blocks with, and look at them by."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pykhuge import Advice, CollapseError, Machine, Process, ScanResult
-from pykhuge.hw.memory import HPAGE_PMD_SIZE as HPAGE
-from pykhuge.hw.memory import PAGE_SIZE as PAGE
+from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SIZE
 from pykhuge.kernel.sched import Task
 from pykhuge.khugepaged.trace_events import (
     mm_collapse_huge_page,
@@ -20,7 +19,8 @@ from pykhuge.mm.page_table import pmd_trans_huge, pte_index, pte_pfn
 from pykhuge.mm.rmap import pmd_of
 from pykhuge.mm.vmstat import MM_COUNTERS
 
-NR = 512
+PAGE, HPAGE, NR = PAGE_SIZE, HPAGE_PMD_SIZE, 512
+MakeMachine = Callable[..., Machine]
 READ_LOCK = "acquire mmap_lock for read"
 WRITE_LOCK = "acquire mmap_lock for write"
 

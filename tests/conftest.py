@@ -1,13 +1,11 @@
 """Fixtures of the tests of the model: every machine is audited when its test ends."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
-from collapse_kit import advised
+from collapse_kit import MakeMachine, advised
 
 from pykhuge import Machine, Process
-
-MakeMachine = Callable[..., Machine]
 
 
 @pytest.fixture

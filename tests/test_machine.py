@@ -4,9 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from collapse_kit import HPAGE, NR, PAGE, advised, faults, fill, pfn_of
+from collapse_kit import HPAGE, NR, PAGE, MakeMachine, advised, faults, fill, pfn_of
 
-from conftest import MakeMachine
 from pykhuge import KernelBug, Machine, Process, ScanResult
 from pykhuge.machine import parse_size
 
@@ -109,9 +108,9 @@ def test_limits_default_to_the_kernels(machine: Machine) -> None:
 def test_misspelt_knob_is_an_error(machine: Machine) -> None:
     """A knob that does not exist is not made by writing to it."""
     with pytest.raises(AttributeError, match="max_ptes_none"):
-        machine.khugepaged_settings.max_pte_none = 1  # type: ignore[attr-defined]
+        machine.khugepaged_settings.max_pte_none = 1
     with pytest.raises(AttributeError, match="use_zero_page"):
-        machine.thp.enable = "always"  # type: ignore[attr-defined]
+        machine.thp.enable = "always"
 
 
 def test_fresh_machine_is_free_but_for_the_zero_page(make_machine: MakeMachine) -> None:
@@ -133,7 +132,7 @@ def test_all_of_memory_can_be_used(make_machine: MakeMachine) -> None:
     """Every frame but the zero page's and the page tables' ends up mapped."""
     machine = make_machine("8M")
     process = machine.process()
-    addr = process.mmap("8M" and 8 << 20)
+    addr = process.mmap(8 << 20)
     with faults(machine, "never"), pytest.raises(MemoryError):
         process.write(addr, bytes(8 << 20))
     assert machine.vmstat()["nr_free_pages"] == 0

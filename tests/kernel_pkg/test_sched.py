@@ -35,7 +35,8 @@ def holding(lock: RwSem, mode: Any, log: list[str]) -> Steps[str]:
 
 def test_step_takes_effect_when_the_task_goes_on(sched: Sched, lock: RwSem) -> None:
     """An announced acquire or release has not happened yet while the task is paused."""
-    one, log = task(sched), []
+    one = task(sched)
+    log: list[str] = []
     one.start(holding(lock, WRITE, log))
     assert one.step()
     assert str(one.pending) == "acquire mmap_lock for write"

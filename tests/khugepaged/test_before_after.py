@@ -136,7 +136,7 @@ def build(machine: Machine, process: Process, layout: Layout) -> Built:
     return Built(machine, process, child, addr, layout)
 
 
-@pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.fixture(params=list(LAYOUTS.values()), ids=list(LAYOUTS))
 def built(request: pytest.FixtureRequest, machine: Machine, process: Process) -> Built:
     return build(machine, process, request.param)
 

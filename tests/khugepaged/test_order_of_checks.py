@@ -15,6 +15,7 @@ from collapse_kit import (
     HPAGE,
     NR,
     PAGE,
+    MakeMachine,
     discard,
     fill,
     isolates,
@@ -27,7 +28,6 @@ from collapse_kit import (
     touch,
 )
 
-from conftest import MakeMachine
 from pykhuge import PROT_READ, Machine, Process, ScanResult
 from pykhuge.mm.page import PG_anon, PG_lru
 from pykhuge.mm.page_table import PAGE_ACCESSED

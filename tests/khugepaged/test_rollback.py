@@ -1,6 +1,7 @@
 """What a poisoned page does to a collapse, and what the collapse does about it."""
 
 import errno
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from collapse_kit import (
     HPAGE,
     NR,
     PAGE,
+    MakeMachine,
     advised,
     block_bytes,
     collapses,
@@ -25,7 +27,6 @@ from collapse_kit import (
     touch,
 )
 
-from conftest import MakeMachine
 from pykhuge import (
     Advice,
     BusError,
@@ -42,7 +43,7 @@ from pykhuge.khugepaged import anon
 from pykhuge.khugepaged.control import CollapseControl
 from pykhuge.khugepaged.scan import hpage_collapse_scan_pmd
 from pykhuge.mm.page import PG_locked, PG_lru
-from pykhuge.mm.swap import lru_pages
+from pykhuge.mm.swap import lru_pages, putback_lru_pages
 from pykhuge.mm.vmstat import NR_INACTIVE_ANON
 
 S = ScanResult
@@ -201,7 +202,7 @@ def test_pmd_is_back_before_any_page_is_released(
     isolated = [pfn for pfn in pfns if flags_of(process, pfn) & PG_locked]
     assert len(isolated) == NR
     seen: list[tuple[bool, int]] = []
-    put_back = anon.putback_lru_pages
+    put_back = putback_lru_pages
 
     def spy(*args: Any) -> None:
         still_locked = sum(bool(flags_of(process, pfn) & PG_locked) for pfn in isolated)
@@ -275,7 +276,7 @@ def scan_undrained(machine: Machine, process: Process, addr: int) -> ScanResult:
         return result
 
     result = machine.spawn(run()).finish()
-    assert result is not None
+    assert isinstance(result, ScanResult)
     return result
 
 
@@ -384,7 +385,7 @@ def test_dead_machine_refuses_every_call(old: Machine) -> None:
     process.poison(addr)
     with pytest.raises(KernelPanic):
         task.finish()
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "process": old.process,
         "memcg": lambda: old.memcg("1M"),
         "collapse": lambda: old.collapse(process, addr),

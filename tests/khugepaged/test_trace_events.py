@@ -23,6 +23,7 @@ from collapse_kit import (
 )
 
 from pykhuge import Machine, Process, ScanResult
+from pykhuge.kernel.trace import TraceEvent
 from pykhuge.khugepaged.trace_events import (
     mm_collapse_huge_page,
     mm_collapse_huge_page_isolate,
@@ -208,7 +209,7 @@ def test_compound_page_is_named_by_its_head(machine: Machine, process: Process) 
 
 def test_line_reads_as_trace_pipe_prints_it(machine: Machine, process: Process) -> None:
     """Task, pid, CPU, flags, time, event, body: in the kernel's columns."""
-    events_ = [
+    events_: list[TraceEvent] = [
         mm_khugepaged_scan_pmd(0x1234ABCD, -1, True, 3, 4, S.SCAN_PAGE_LRU, 5),
         mm_collapse_huge_page(0x1234ABCD, False, S.SCAN_CGROUP_CHARGE_FAIL),
         mm_collapse_huge_page_isolate(0x2A, 1, 2, False, S.SCAN_FAIL),

@@ -5,6 +5,7 @@ from collapse_kit import (
     HPAGE,
     NR,
     PAGE,
+    MakeMachine,
     advised,
     changes,
     counters,
@@ -18,7 +19,6 @@ from collapse_kit import (
     rss,
 )
 
-from conftest import MakeMachine
 from pykhuge import (
     PROT_NONE,
     PROT_READ,

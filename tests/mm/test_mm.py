@@ -7,6 +7,7 @@ from collapse_kit import (
     HPAGE,
     NR,
     PAGE,
+    MakeMachine,
     advised,
     block_bytes,
     discard,
@@ -19,7 +20,6 @@ from collapse_kit import (
     rss,
 )
 
-from conftest import MakeMachine
 from pykhuge import (
     PROT_READ,
     PROT_WRITE,

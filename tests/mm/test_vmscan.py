@@ -7,6 +7,7 @@ from collapse_kit import (
     HPAGE,
     NR,
     PAGE,
+    MakeMachine,
     advise,
     advised,
     block_bytes,
@@ -23,7 +24,6 @@ from collapse_kit import (
     rss,
 )
 
-from conftest import MakeMachine
 from pykhuge import Advice, BusError, Machine, Process, ScanResult
 from pykhuge.mm.page import PG_swapbacked, PG_swapcache
 
