@@ -280,6 +280,11 @@ def _check_pages(mem: Memory, recount: Recount, used: Pfns) -> None:
     _compare(
         recount, "pincount", pages.pincount, used, np.array(list(recount.pins.elements()), np.int64)
     )
+    in_flight = used[flags & np.uint32(PG_in_flight) != 0].tolist()
+    recount.expect("huge pages in flight", sorted(mem.in_flight), in_flight)
+    for head, task in mem.in_flight.items():
+        if task.idle:
+            recount.findings.append(f"huge page {head:#x} is held by {task.comm}, which has ended")
     waiting = np.array([pfn for batch in mem.lru_batches for pfn in batch], np.int64)
     for pfn in waiting[pages.flags[waiting] & np.uint32(PG_lru) != 0].tolist():
         recount.findings.append(f"page {pfn:#x} is in an LRU batch and on a list")

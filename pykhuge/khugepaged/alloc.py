@@ -34,4 +34,5 @@ def alloc_charge_hpage(mem: Memory, mm: Mm, cc: CollapseControl) -> tuple[ScanRe
         return ScanResult.SCAN_CGROUP_CHARGE_FAIL, -1
     mem.pages.memcg[head] = mm.memcg.key
     mem.pages.flags[head] |= np.uint32(PG_in_flight)
+    mem.in_flight[head] = mem.sched.current
     return ScanResult.SCAN_SUCCEED, head

@@ -34,7 +34,7 @@ from pykhuge.mm.huge_memory import OutOfMemory, pgtable_trans_huge_deposit
 from pykhuge.mm.mm_types import Mm, Vma
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import Pfns, PG_head, PG_in_flight, PG_locked, PG_lru, PG_swapcache
-from pykhuge.mm.page_table import PUD_SHIFT, TABLE, Ptes, is_swap_ptes, pte_pfn
+from pykhuge.mm.page_table import PUD_SHIFT, TABLE, Ptes, is_swap_pte, pte_pfn
 from pykhuge.mm.rmap import page_remove_rmap, set_pmd
 from pykhuge.mm.swap import isolate_lru_pages, lru_add_drain, put_pages, putback_lru_pages
 from pykhuge.mm.swap_state import free_swap_cache
@@ -82,7 +82,7 @@ def collapse_huge_page(
     except GeneratorExit:
         # A plain call that would have to wait is given up: the huge page goes back.
         if hpage >= 0:
-            put_pages(mem, np.array([hpage]))
+            _put_hpage(mem, hpage)
         raise
     if result is ScanResult.SCAN_SUCCEED:
         result, vma = hugepage_vma_revalidate(mem, mm, addr, cc, expect_anon=True)
@@ -93,9 +93,15 @@ def collapse_huge_page(
             result = yield from _collapse_locked(mem, vma, addr, pmd, hpage, cc)
         yield Release(mm.mmap_lock)
     if result is not ScanResult.SCAN_SUCCEED and hpage >= 0:
-        put_pages(mem, np.array([hpage]))
+        _put_hpage(mem, hpage)
     mem.emit(mm_collapse_huge_page(mm.hashed_ptr, result is ScanResult.SCAN_SUCCEED, result))
     return result
+
+
+def _put_hpage(mem: Memory, hpage: int) -> None:
+    """Give up the huge page that nothing maps."""
+    del mem.in_flight[hpage]
+    put_pages(mem, np.array([hpage]))
 
 
 def _prepare(
@@ -112,7 +118,7 @@ def _prepare(
         result, pmd = find_pmd_or_thp_or_none(mem, mm, addr)
     if result is ScanResult.SCAN_SUCCEED and unmapped:
         assert vma is not None
-        result = _collapse_huge_page_swapin(mem, vma, addr, pmd, referenced)
+        result = yield from _collapse_huge_page_swapin(mem, vma, addr, pmd, referenced)
     pmd_table = mm.pmd_tables.get(addr >> PUD_SHIFT, -1)
     yield Release(mm.mmap_lock)
     return result, pmd_table
@@ -120,14 +126,21 @@ def _prepare(
 
 def _collapse_huge_page_swapin(
     mem: Memory, vma: Vma, addr: int, pmd: int, referenced: int
-) -> ScanResult:
+) -> Steps[ScanResult]:
     """Bring in every swap-type entry of the block; what came in before a failure stays in.
 
+    Reading sleeps with mmap_lock held for read: others may fault, free or reclaim meanwhile, so
+    every entry is looked at when its turn comes. Locks: mmap_lock for read.
     Kernel: __collapse_huge_page_swapin.
     """
     ptes = mem.ram.words[pte_pfn(pmd)]
     swapped_in, result = 0, ScanResult.SCAN_SUCCEED
-    for place in np.flatnonzero(is_swap_ptes(ptes)).tolist():
+    for place in range(HPAGE_PMD_NR):
+        if not is_swap_pte(int(ptes[place])):
+            continue
+        yield Preempt("swapin")
+        if not is_swap_pte(int(ptes[place])):
+            continue
         try:
             outcome = do_swap_page(mem, vma, addr + place * PAGE_SIZE, ptes, place, write=False)
         except OutOfMemory:
@@ -173,6 +186,7 @@ def _collapse_locked(
         del mm.detached[addr]
         pgtable_trans_huge_deposit(mm, addr, pte_pfn(pmd))
         mem.pages.flags[hpage] &= np.uint32(~PG_in_flight & 0xFFFFFFFF)
+        del mem.in_flight[hpage]
         map_new_huge_page(mem, vma, addr, hpage)
     return result
 

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 
 from pykhuge.hw.memory import PAGE_SIZE
 from pykhuge.kernel.sched import Steps, WouldBlock
-from pykhuge.mm.fault import access_vma, handle_mm_fault
+from pykhuge.mm.fault import (
+    BUS_MCEERR_AR,
+    BusError,
+    SegmentationFault,
+    access_vma,
+    handle_mm_fault,
+)
+from pykhuge.mm.mm import os_error
 from pykhuge.mm.mm_types import MMF_HAS_PINNED, Mm
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import GUP_PIN_COUNTING_BIAS, Pfns, PG_head, PG_locked, compound_head
 from pykhuge.mm.page_table import PAGE_PRESENT, PAGE_RW, pmd_trans_huge, pte_index, pte_pfn
 from pykhuge.mm.rmap import pmd_of
 from pykhuge.mm.swap import put_pages
+
+EHWPOISON = 133  # the errno module has no name for it
 
 __all__ = ["LockedPage", "UserPages", "follow_page", "get_user_pages", "lock_page"]
 
@@ -113,18 +124,18 @@ def get_user_pages(
 ) -> Steps[UserPages]:
     """Fault [addr, addr + length) in and hold its pages: for writing when pinned, else for reading.
 
-    Raises: what a fault raises; nothing is held then.
+    Raises: OSError EFAULT where a task would get SIGSEGV or SIGBUS, EHWPOISON where that is for
+    poison; UserFault, OutOfMemory. Nothing is held then.
     """
     start, end = addr & -PAGE_SIZE, addr + length
+    try:
+        yield from _fault_in(mem, mm, start, end, write=pinned)
+    except SegmentationFault as fault:
+        raise os_error(errno.EFAULT, str(fault)) from fault
+    except BusError as fault:
+        poisoned = fault.code == BUS_MCEERR_AR
+        raise os_error(EHWPOISON if poisoned else errno.EFAULT, str(fault)) from fault
     pfns: list[int] = []
-    # Entries of a VMA without permission are not present to get_user_pages_fast either.
-    page = start
-    while page < end:
-        page = access_vma(mm, page, write=pinned).vm_end
-    while any(
-        follow_page(mem, mm, page, write=pinned) is None for page in range(start, end, PAGE_SIZE)
-    ):
-        yield from handle_mm_fault(mem, mm, start, end, write=pinned)
     for page in range(start, end, PAGE_SIZE):
         pfn = follow_page(mem, mm, page, write=pinned)
         assert pfn is not None
@@ -133,3 +144,14 @@ def get_user_pages(
     if pinned:
         mm.flags |= MMF_HAS_PINNED
     return UserPages(mem, np.array(pfns, np.int64), pinned=pinned)
+
+
+def _fault_in(mem: Memory, mm: Mm, start: int, end: int, *, write: bool) -> Steps[None]:
+    # Entries of a VMA without permission are not present to get_user_pages_fast either.
+    page = start
+    while page < end:
+        page = access_vma(mm, page, write=write).vm_end
+    while any(
+        follow_page(mem, mm, page, write=write) is None for page in range(start, end, PAGE_SIZE)
+    ):
+        yield from handle_mm_fault(mem, mm, start, end, write=write)

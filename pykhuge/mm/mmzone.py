@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from pykhuge.hw.memory import HPAGE_PMD_NR, PhysicalMemory, lazy_zeros
 from pykhuge.hw.poison import Poison
 from pykhuge.kernel.clock import Clock
 from pykhuge.kernel.panic import KernelPanic
-from pykhuge.kernel.sched import Sched
+from pykhuge.kernel.sched import Sched, Task
 from pykhuge.kernel.trace import Trace, TraceEvent
 from pykhuge.mm.mm_types import AnonVma, MemCgroup, Mm
 from pykhuge.mm.page import Pages, Pfns, PG_reserved, PG_uptodate, PG_zone_device
@@ -145,6 +145,8 @@ class Memory:
         self.next_mapping = 1
         self.memcgs = [MemCgroup(0, nr_pages)]
         self.mms: list[Mm] = []
+        # New huge pages that nothing maps yet, and who will: for the audit.
+        self.in_flight: dict[int, Task[Any]] = {}
         self.user_pages: list[HeldPages] = []
         self.swap = SwapDevice(nr_swap_slots)
         self.thp = ThpSettings()

@@ -130,12 +130,14 @@ def _may_lazyfree(mem: Memory, pfn: int) -> bool:
     flags = int(mem.pages.flags[pfn])
     wanted = PG_lru | PG_swapbacked
     refused = U_COMPOUND | PG_locked | PG_swapcache | PG_zone_device
-    return flags & wanted == wanted and not flags & refused and mem.pages.mapcount[pfn] == 1
+    # A clean page may be shared: whoever writes to it makes its own entry dirty.
+    alone = not flags & PG_dirty or mem.pages.mapcount[pfn] == 1
+    return flags & wanted == wanted and not flags & refused and bool(alone)
 
 
 def _mark_lazyfree(mem: Memory, pfn: int) -> None:
     flags = int(mem.pages.flags[pfn])
-    lazy = flags & ~(PG_swapbacked | PG_active | PG_referenced)
+    lazy = flags & ~(PG_swapbacked | PG_active | PG_referenced | PG_dirty)
     mem.pages.flags[pfn] = lazy
     nr = mem.pages.compound_nr(pfn)
     mem.mod_page(lru_item(flags), pfn, -nr)
