@@ -38,7 +38,8 @@ class _Version(argparse.Action):
             version = metadata.version("pykhuge")
         except metadata.PackageNotFoundError:
             version = "(not installed)"
-        parser.exit(message=f"pykhuge {version}\n")
+        print(f"pykhuge {version}")
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What is still buffered may fail to be written; better here than at the interpreter's end.
         sys.stdout.flush()
         return status
-    except (CommandError, collapse.UsageError) as error:
+    except CommandError as error:
         return _fail(f"pykhuge: {printable(error)}", EXIT_USAGE)
     except KeyboardInterrupt:
         return _fail("pykhuge: interrupted", EXIT_INTERRUPTED)

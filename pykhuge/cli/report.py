@@ -1,4 +1,4 @@
-"""What a run of `pykhuge collapse` found, and how programs are told (`--json`).
+"""What a run of `pykhuge collapse` found, and how programs are told of it (`--json`).
 
 A report on 1 GiB holds 512 ranges; those that went the same way share the string of their map.
 """
@@ -9,42 +9,45 @@ import errno
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT
+from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SIZE
 from pykhuge.khugepaged.scan_result import ScanResult
 
-__all__ = ["LEGEND", "MAX_FINDINGS", "Cell", "Check", "LineOfFile", "RangeReport", "Report"]
+__all__ = [
+    "COPIED",
+    "HOLE",
+    "LEGEND",
+    "NOT_REACHED",
+    "POISONED",
+    "ROLLED_BACK",
+    "BadLine",
+    "Check",
+    "RangeReport",
+    "Report",
+]
 
 SCHEMA = 1
 EXIT_CONSISTENT, EXIT_INCONSISTENT, EXIT_PANIC = 0, 1, 3
 MAX_FINDINGS = 20
 
-
-class Cell:
-    """One page of a range in a map; each kind has a character of its own, colour or not."""
-
-    COPIED = "#"
-    HOLE = "."
-    POISONED = "x"
-    STOPPED = "!"
-    ROLLED_BACK = "<"
-    NOT_COPIED = "-"
-
-
+# One character for each page of a map, so that it reads without colour too.
+COPIED, HOLE, POISONED, ROLLED_BACK, NOT_REACHED = "#.X-?"
 LEGEND = {
-    Cell.COPIED: "copied into the huge page",
-    Cell.HOLE: "hole: nothing there, zeros once collapsed",
-    Cell.POISONED: "poisoned",
-    Cell.STOPPED: "poisoned: the copy stopped here",
-    Cell.ROLLED_BACK: "rolled back: as it was before",
-    Cell.NOT_COPIED: "not copied",
+    COPIED: "copied",
+    HOLE: "hole",
+    POISONED: "poisoned",
+    ROLLED_BACK: "rolled back",
+    NOT_REACHED: "not reached",
 }
 
 
-class LineOfFile(NamedTuple):
-    """A cache line: page of the file, counted from 0 over all ranges, and line 0..63 of it."""
+class BadLine(NamedTuple):
+    """A poisoned cache line: page of the file, counted over all ranges, and line 0..63 of it."""
 
     page: int
     line: int
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +55,18 @@ class RangeReport:
     """What became of one range of 2 MiB.
 
     result: None if the host died in it.
-    cells: 512 characters of LEGEND.
+    map: 512 characters of LEGEND.
     machine_check: the line whose machine check ended the copy.
     first_event, nr_events: its trace events, counted from the start of the run.
-    log: what it added to the kernel log.
+    log: what its collapse added to the kernel log.
     """
 
     index: int
     addr: int
     result: ScanResult | None
-    cells: str
-    machine_check: LineOfFile | None
+    map: str
+    poisoned: tuple[BadLine, ...]
+    machine_check: BadLine | None
     first_event: int
     nr_events: int
     log: tuple[str, ...]
@@ -74,19 +78,16 @@ class RangeReport:
 
     @property
     def errno_name(self) -> str | None:
-        """What MADV_COLLAPSE would return for the result; None for success and for a panic."""
-        return errno.errorcode[self.result.errno] if self.result and self.result.errno else None
+        """What MADV_COLLAPSE would fail with for this result; None if it would not, or a panic."""
+        return errno.errorcode.get(self.result.errno) if self.result is not None else None
 
 
 @dataclass
 class Check:
-    """One thing that must hold; `holds` is None if it could not be looked at, the host being dead.
-
-    findings: the first contradictions, a line each.
-    """
+    """One thing that must hold. `findings` are the first contradictions, a line each."""
 
     findings: list[str] = field(default_factory=list)
-    done: bool = True
+    possible: bool = True
 
     def fail(self, finding: str) -> None:
         """Note a contradiction; beyond MAX_FINDINGS one more says nothing new."""
@@ -95,8 +96,10 @@ class Check:
 
     @property
     def holds(self) -> bool | None:
-        """Whether all is as it must be."""
-        return False if self.findings else (True if self.done else None)
+        """Whether all is as it must be; None if a dead host kept it from being looked at."""
+        if self.findings:
+            return False
+        return True if self.possible else None
 
 
 @dataclass
@@ -104,18 +107,18 @@ class Report:
     """A whole run.
 
     poisoned: in the order of the file.
-    before, after: vmstat, pages_collapsed and MM_* with the file loaded and poisoned, and when all
-    ranges were collapsed or given up.
+    before, after: vmstat, pages_collapsed and MM_*, summed over all of the file: loaded and
+    poisoned, and with every range collapsed or given up.
     trace: the newest lines; `trace_overrun` older ones were overwritten in the ring.
-    verified, unreadable: bytes read back and found right; bytes on poisoned lines, each of which
-    gave its reader SIGBUS.
+    verified, unreadable, wrong: bytes read back as loaded; on poisoned lines, each of which gave
+    its reader SIGBUS; anything else.
     """
 
     file: str
     size: int
-    recovery: bool
-    seed: int
-    poisoned: list[LineOfFile]
+    recovery: bool = True
+    seed: int = 0
+    poisoned: list[BadLine] = field(default_factory=list)
     ranges: list[RangeReport] = field(default_factory=list)
     before: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
@@ -126,11 +129,12 @@ class Report:
     bytes: Check = field(default_factory=Check)
     verified: int = 0
     unreadable: int = 0
+    wrong: int = 0
 
     @property
     def nr_pages(self) -> int:
         """Pages of the file, the last one perhaps in part."""
-        return -(-self.size >> PAGE_SHIFT)
+        return -(-self.size // PAGE_SIZE)
 
     @property
     def nr_ranges(self) -> int:
@@ -139,7 +143,7 @@ class Report:
 
     @property
     def exit_status(self) -> int:
-        """0 if all is consistent, 1 if the audit or the bytes do not hold, 3 after a panic."""
+        """0 all consistent, 1 the audit or the bytes do not hold, 3 the host panicked."""
         if self.audit.findings or self.bytes.findings:
             return EXIT_INCONSISTENT
         return EXIT_CONSISTENT if self.panic is None else EXIT_PANIC
@@ -149,46 +153,48 @@ class Report:
         start = each.first_event - self.trace_overrun
         return self.trace[max(start, 0) : max(start + each.nr_events, 0)]
 
-    def to_json(self) -> dict[str, Any]:
-        """The report as `--json` prints it; keys stay what they are for one `schema`."""
+    def as_json(self) -> dict[str, Any]:
+        """The report for --json; within one `schema`, keys and their meaning stay."""
         return {
             "schema": SCHEMA,
             "file": self.file,
             "size": self.size,
-            "nr_pages": self.nr_pages,
-            "nr_ranges": self.nr_ranges,
-            "pages_in_range": HPAGE_PMD_NR,
-            "recovery": self.recovery,
+            "pages": self.nr_pages,
             "seed": self.seed,
+            "exit_status": self.exit_status,
+            "consistent": self.exit_status != EXIT_INCONSISTENT,
+            "panic": self.panic,
             "poisoned": [each._asdict() for each in self.poisoned],
             "legend": LEGEND,
             "ranges": [self._range_json(each) for each in self.ranges],
+            "ranges_not_reached": self.nr_ranges - len(self.ranges),
             "trace_overrun": self.trace_overrun,
             "counters": {
                 name: {"before": self.before[name], "after": self.after[name]}
                 for name in self.before
             },
-            "panic": self.panic,
-            "audit": {"holds": self.audit.holds, "findings": self.audit.findings},
+            "audit": self.audit.findings,
+            "audit_holds": self.audit.holds,
             "bytes": {
-                "holds": self.bytes.holds,
                 "verified": self.verified,
                 "unreadable": self.unreadable,
-                "findings": self.bytes.findings,
+                "wrong": self.wrong,
             },
-            "exit_status": self.exit_status,
+            "bytes_hold": self.bytes.holds,
+            "bytes_findings": self.bytes.findings,
         }
 
     def _range_json(self, each: RangeReport) -> dict[str, Any]:
         return {
             "range": each.index,
             "addr": each.addr,
-            "scan_result": None if each.result is None else each.result.name,
+            "result": None if each.result is None else each.result.name,
             "status": None if each.result is None else each.result.text,
             "errno": None if each.result is None else each.result.errno,
             "errno_name": each.errno_name,
+            "map": each.map,
+            "poisoned": [bad._asdict() for bad in each.poisoned],
             "machine_check": each.machine_check._asdict() if each.machine_check else None,
-            "map": each.cells,
             "trace": self.trace_of(each),
             "log": list(each.log),
         }
