@@ -46,7 +46,7 @@ from pykhuge import (
     WouldBlock,
 )
 from pykhuge.khugepaged.scan_result import ScanResult as Enum
-from pykhuge.mm.page import PG_anon, PG_lru
+from pykhuge.mm.page import PG_anon, PG_lru, PG_referenced, PG_young
 from pykhuge.mm.page_table import SWP_HWPOISON, make_swap_pte
 from pykhuge.mm.vmstat import NR_INACTIVE_ANON
 
@@ -481,6 +481,19 @@ def test_one_page_used_lately_is_enough_without_swap(
     forget_use(process, block, list(range(NR)))
     process.read(block + 300 * PAGE, 1)
     assert machine.collapse(process, block) is S.SCAN_SUCCEED
+    assert isolates(machine)[-1].referenced == 1
+
+
+@pytest.mark.parametrize("bit", [PG_referenced, PG_young])
+def test_marked_page_counts_as_use(
+    machine: Machine, process: Process, block: int, bit: int
+) -> None:
+    """PG_referenced and the idle tracker's PG_young do as well as a young entry."""
+    fill(process, block)
+    forget_use(process, block, list(range(NR)))
+    machine.mem.pages.flags[pfn_of(process, block, 44)] |= np.uint32(bit)
+    assert machine.collapse(process, block) is S.SCAN_SUCCEED
+    assert scans(machine)[-1].referenced == 1
     assert isolates(machine)[-1].referenced == 1
 
 
