@@ -170,9 +170,16 @@ def test_a_reader_that_goes_away_is_no_error_of_ours(make_file: MakeFile) -> Non
 
 def test_a_full_disk_is_told_in_one_line(make_file: MakeFile) -> None:
     """Output that cannot be written is status 2, not a traceback."""
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
     with open("/dev/full", "w") as full:
         ran = pykhuge(
-            "collapse", make_file(PAGE), capture_output=False, stdout=full, stderr=subprocess.PIPE
+            "collapse",
+            make_file(PAGE),
+            "--json",
+            capture_output=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=buffered,
         )
     assert ran.returncode == 2
     assert ran.stderr == "pykhuge: the output cannot be written: No space left on device\n"
