@@ -36,12 +36,14 @@ from pykhuge.mm.mm import (
     change_flags,
     check_mapped,
     check_range,
+    check_whole,
     do_mmap,
     do_mprotect,
     do_mremap,
     do_munmap,
     dup_mmap,
     exit_mmap,
+    mapped_up_to,
     mlock_vma_range,
     os_error,
     vmas_in,
@@ -268,20 +270,17 @@ class Process:
     def _set_locked(self, start: int, end: int, *, lock: bool) -> Steps[None]:
         mm = self.mm
         yield Acquire(mm.mmap_lock, WRITE)
-        try:
-            check_mapped(mm, start, end)
-        except OSError:
-            yield Release(mm.mmap_lock)
-            raise
+        stop = mapped_up_to(mm, start, end)
         change_flags(
             self.mem,
             mm,
             start,
-            end,
+            stop,
             lambda vma: vma.vm_flags | VM_LOCKED if lock else vma.vm_flags & ~VM_LOCKED,
         )
-        mlock_vma_range(self.mem, mm, start, end, lock=lock)
+        mlock_vma_range(self.mem, mm, start, stop, lock=lock)
         yield Release(mm.mmap_lock)
+        check_whole(stop, end)
 
     @steps
     def madvise(self, addr: int, length: int, advice: int) -> Steps[None]:
