@@ -57,6 +57,7 @@ from pykhuge.process import (
 
 MAX_PROCESSES = 4
 MISSING, WP = 1, 2
+EHWPOISON = 133
 
 who = st.integers(0, MAX_PROCESSES - 1)
 seeds = st.integers(0, 1 << 16)
@@ -109,7 +110,7 @@ class Operations(RuleBasedStateMachine):
     """Every operation that the model has on anonymous memory, on a machine that is too small."""
 
     # How many of its steps count for the total: some examples end early.
-    STEPS_AN_EXAMPLE = 40
+    STEPS_AN_EXAMPLE = 30
     # Outcomes of collapses without which a run would not be worth much.
     WANTED: ClassVar = {"SCAN_SUCCEED", "SCAN_COPY_MC", "SCAN_ALLOC_HUGE_PAGE_FAIL"}
 
@@ -428,14 +429,19 @@ class Operations(RuleBasedStateMachine):
     @rule(number=who, where=byte_ranges, pinned=st.booleans())
     def hold(self, number: int, where: tuple[int, int], pinned: bool) -> None:
         """A device pins pages, or a pipe holds them."""
-        process, length = self.actor(number).process, min(where[1], 8 * PAGE)
-        try:
-            held = (process.pin if pinned else process.get)(BASE + where[0], length)
-        except (SegmentationFault, BusError, WouldBlock, OutOfMemory):
-            return
-        allowed = self.actor(number).shadow
+        actor, length = self.actor(number), min(where[1], 8 * PAGE)
         first, last = where[0] // PAGE, (where[0] + length - 1) // PAGE
-        assert (allowed.writable() if pinned else allowed.readable())[first : last + 1].all()
+        allowed = actor.shadow.writable() if pinned else actor.shadow.readable()
+        hold = actor.process.pin if pinned else actor.process.get
+        try:
+            held = hold(BASE + where[0], length)
+        except (WouldBlock, OutOfMemory):
+            return
+        except OSError as error:
+            assert error.errno in (errno.EFAULT, EHWPOISON)
+            assert error.errno == EHWPOISON or not allowed[first : last + 1].all()
+            return
+        assert allowed[first : last + 1].all()
         self.held.append(held)
 
     @rule(number=st.integers(0, 20))
@@ -681,7 +687,7 @@ class PausedCollapses(Operations):
     """The same, while collapses stand still wherever they can lose the CPU."""
 
     # A rule takes many of them, with an audit after each.
-    STEPS_AN_EXAMPLE = 65
+    STEPS_AN_EXAMPLE = 30
     WANTED: ClassVar = {"SCAN_SUCCEED", "SCAN_ALLOC_HUGE_PAGE_FAIL"}
 
     def __init__(self) -> None:
