@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import platform
 import re
@@ -55,6 +56,10 @@ def thp(kernel_version: tuple[int, int]) -> Iterator[None]:
     if not THP.exists() or kernel_version < (6, 1):
         lacking("this kernel has no MADV_COLLAPSE")
     with contextlib.ExitStack() as stack:
+        # Two runs at once would put back what the other had turned.
+        directory = os.open(THP, os.O_RDONLY)
+        stack.callback(os.close, directory)
+        fcntl.flock(directory, fcntl.LOCK_EX)
         stack.enter_context(turned(THP / "enabled", "madvise"))
         for knob in THP.glob("hugepages-*kB/enabled"):
             huge = knob.parent.name == "hugepages-2048kB"
