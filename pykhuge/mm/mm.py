@@ -507,6 +507,8 @@ def _move_pmd(mem: Memory, mm: Mm, old: int, new: int, pmd: int) -> None:
 
 def mlock_vma_range(mem: Memory, mm: Mm, start: int, end: int, *, lock: bool) -> None:
     """Mark what is mapped in [start, end) as mlocked or not; the VMAs have VM_LOCKED already."""
+    if start == end:
+        return
     lru_add_drain(mem)
     for low, high in each_block(start, end):
         pmd = pmd_of(mem, mm, low)
