@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from pykhuge.hw.memory import PAGE_SHIFT, lazy_zeros
 from pykhuge.kernel.clock import Clock
@@ -72,15 +71,6 @@ class Poison:
             if line is not None
             else np.uint64(0)
         )
-
-    def first_bad_line(self, pfns: npt.NDArray[np.int64]) -> tuple[int, int] | None:
-        """The first of `pfns` with a bad line, by its index, and the line; None if all are good."""
-        bad = self.lines[pfns]
-        if not bad.any():
-            return None
-        index = int(np.flatnonzero(bad)[0])
-        word = int(bad[index])
-        return index, (word & -word).bit_length() - 1
 
     def machine_check(
         self, pfn: int, line: int, *, cpu: int, consumer: str, recovered: bool

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
+from pykhuge.hw.memory import HPAGE_PMD_NR, PAGE_SHIFT, PAGE_SIZE
 
 __all__ = [
     "PMD_SHIFT",
@@ -118,8 +118,3 @@ def swp_offsets(ptes: Ptes) -> npt.NDArray[np.int64]:
 def pte_index(addr: int) -> int:
     """Which of the 512 words of its table maps `addr`."""
     return (addr >> PAGE_SHIFT) % HPAGE_PMD_NR
-
-
-def block_of(addr: int) -> int:
-    """The 2 MiB block that holds `addr` (addr & HPAGE_PMD_MASK)."""
-    return addr & -HPAGE_PMD_SIZE
