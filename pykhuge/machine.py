@@ -14,8 +14,10 @@ from pykhuge.kernel.trace import Trace
 from pykhuge.khugepaged.control import CollapseControl, KhugepagedSettings
 from pykhuge.khugepaged.scan import khugepaged_scan_block
 from pykhuge.khugepaged.scan_result import ScanResult
-from pykhuge.mm.mm_types import MemCgroup
+from pykhuge.mm.filemap import drop_cache
+from pykhuge.mm.mm_types import MemCgroup, ShmemInode, ShmemSuperBlock
 from pykhuge.mm.mmzone import LOCAL_DISTANCE, REMOTE_DISTANCE, Memory, ThpSettings
+from pykhuge.mm.page_writeback import finish_io
 from pykhuge.mm.swap import lru_add_drain_all
 from pykhuge.mm.vmstat import Ledger
 from pykhuge.process import Process
@@ -46,6 +48,8 @@ class Machine:
         device_memory: ZONE_DEVICE memory beside it, for `Process` pages that are not normal.
         swap: size of the swap device; none by default.
         cpus: CPUs, each with its LRU batch.
+        commit_limit: what shared memory may be promised in all (vm.overcommit_memory=2); no limit
+            if not given.
         recovery: False is the kernel before the series: a machine check in a copy is a panic.
         seed: of all randomness; equal machines with equal calls give equal traces.
     Raises: ValueError naming the argument.
@@ -60,6 +64,7 @@ class Machine:
         device_memory: str | int = 0,
         swap: str | int = 0,
         cpus: int = 1,
+        commit_limit: str | int | None = None,
         recovery: bool = True,
         seed: int = 0,
     ) -> None:
@@ -75,6 +80,8 @@ class Machine:
             recovery=recovery,
             seed=seed,
         )
+        if commit_limit is not None:
+            self.mem.commit_limit = parse_size("commit_limit", commit_limit) >> PAGE_SHIFT
         self.khugepaged_settings = KhugepagedSettings()
         self.task: Task[Any] = Task(self.mem.sched, "khugepaged", self.mem.next_pid())
 
@@ -120,6 +127,32 @@ class Machine:
         return Process(
             self.mem, self.khugepaged_settings, comm, pid, memcg or self.mem.memcgs[0], cpu
         )
+
+    def tmpfs(self, size: str | int = 0, *, huge: str = "never") -> ShmemSuperBlock:
+        """Mount a tmpfs, for `Process.open(name, flags, tmpfs=...)`.
+
+        Args:
+            size: mount option size=; 0 is no limit.
+            huge: mount option huge=: always, within_size, advise, never.
+        """
+        self.check_alive()
+        allowed = ("always", "within_size", "advise", "never")
+        if huge not in allowed:
+            raise ValueError(f"huge={huge!r}: allowed {', '.join(allowed)}")
+        return ShmemSuperBlock(parse_size("size", size) >> PAGE_SHIFT, huge=huge)
+
+    def finish_io(self) -> None:
+        """Time passes: pages under writeback reach the disk."""
+        self.check_alive()
+        finish_io(self.mem)
+
+    def drop_caches(self) -> None:
+        """/proc/sys/vm/drop_caches: clean pages that nobody uses leave the caches of disk files."""
+        self.check_alive()
+        lru_add_drain_all(self.mem)
+        for inode in self.mem.inodes:
+            if not isinstance(inode, ShmemInode):
+                drop_cache(self.mem, inode.i_mapping)
 
     def memcg(self, limit: str | int) -> MemCgroup:
         """A memory cgroup that may use `limit` bytes."""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pykhuge.files import FileCalls
 from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.hw.poison import LINE_SHIFT
 from pykhuge.kernel.locking import READ, WRITE
@@ -22,14 +23,9 @@ from pykhuge.kernel.sched import Acquire, Release, Steps, Task, steps
 from pykhuge.khugepaged.control import CollapseControl, KhugepagedSettings
 from pykhuge.khugepaged.madvise import madvise_collapse
 from pykhuge.mm import userfaultfd
-from pykhuge.mm.fault import (
-    BUS_MCEERR_AR,
-    BusError,
-    SegmentationFault,
-    access_vma,
-    find_vma,
-    handle_mm_fault,
-)
+from pykhuge.mm.errors import BUS_MCEERR_AR, BusError, SegmentationFault, os_error
+from pykhuge.mm.fault import access_vma, find_vma, handle_mm_fault
+from pykhuge.mm.file_table import fput, get_file
 from pykhuge.mm.gup import LockedPage, UserPages, follow_page, get_user_pages, lock_page
 from pykhuge.mm.migrate_device import migrate_to_device
 from pykhuge.mm.mm import (
@@ -45,9 +41,7 @@ from pykhuge.mm.mm import (
     exit_mmap,
     mapped_up_to,
     mlock_vma_range,
-    os_error,
     vmas_in,
-    zap_page_range,
 )
 from pykhuge.mm.mm_types import (
     VM_DONTCOPY,
@@ -55,9 +49,12 @@ from pykhuge.mm.mm_types import (
     VM_HUGEPAGE,
     VM_LOCKED,
     VM_NOHUGEPAGE,
+    VM_NORESERVE,
     VM_READ,
+    VM_SHARED,
     VM_WIPEONFORK,
     VM_WRITE,
+    File,
     MemCgroup,
     Mm,
     MmuNotifier,
@@ -80,7 +77,9 @@ from pykhuge.mm.page_table import (
     swp_type,
 )
 from pykhuge.mm.rmap import pmd_of, set_pmd
+from pykhuge.mm.shmem import shmem_file_setup
 from pykhuge.mm.vmscan import mark_page_lazyfree_range, pageout_range
+from pykhuge.mm.zap import zap_page_range
 
 __all__ = ["PROT_EXEC", "PROT_NONE", "PROT_READ", "PROT_WRITE", "Advice", "Process", "UserFaultFd"]
 
@@ -168,7 +167,7 @@ class UserFaultFd:
         return userfaultfd.uffd_writeprotect(mem, mm, addr, length, protect=protect)
 
 
-class Process:
+class Process(FileCalls):
     """A task with an address space; made by `Machine.process` and `Process.fork`.
 
     node: the NUMA node its faults prefer to allocate on.
@@ -216,14 +215,56 @@ class Process:
         addr: int | None = None,
         prot: int = PROT_READ | PROT_WRITE,
         fixed: bool = False,
+        file: File | None = None,
+        offset: int = 0,
+        shared: bool = False,
+        noreserve: bool = False,
     ) -> Steps[int]:
-        """Map `length` bytes of private anonymous memory; returns the address.
+        """Map `length` bytes of anonymous memory, or of `file`; returns the address.
 
         Args:
             addr: where; only a hint unless `fixed`, which replaces what is mapped there.
             prot: PROT_NONE, or an OR of PROT_READ, PROT_WRITE, PROT_EXEC.
+            file: an open file; `offset` is the byte of it to begin with, a multiple of 4096.
+            shared: MAP_SHARED instead of MAP_PRIVATE. Without a file that is shmem too.
+            noreserve: MAP_NORESERVE: shared memory is committed page by page.
+        Raises: OSError EINVAL, ENOMEM, EACCES (the file is not open for that), EBADF.
         """
-        return do_mmap(self.mem, self.mm, addr, length, _check_prot(prot), fixed=fixed)
+        flags = _check_prot(prot) | VM_SHARED * shared
+        if offset % PAGE_SIZE or offset < 0 or (offset and file is None):
+            raise os_error(
+                errno.EINVAL, f"offset={offset}: allowed multiples of {PAGE_SIZE} of a file"
+            )
+        if file is not None:
+            self._check_open(file)
+        elif shared and length > 0:
+            return (yield from self._mmap_shared(addr, length, flags, fixed, noreserve))
+        return (
+            yield from do_mmap(
+                self.mem,
+                self.mm,
+                addr,
+                length,
+                flags,
+                fixed=fixed,
+                file=file,
+                pgoff=offset >> PAGE_SHIFT,
+            )
+        )
+
+    def _mmap_shared(
+        self, addr: int | None, length: int, flags: int, fixed: bool, noreserve: bool
+    ) -> Steps[int]:
+        """shmem_zero_setup(): shared anonymous memory is a shmem file that only its VMAs know."""
+        size = length + PAGE_SIZE - 1 & -PAGE_SIZE
+        reserve = VM_NORESERVE if noreserve else 0
+        file = shmem_file_setup(self.mem, "dev/zero", size, reserve)
+        try:
+            return (
+                yield from do_mmap(self.mem, self.mm, addr, length, flags, fixed=fixed, file=file)
+            )
+        finally:
+            self.task.run(fput(self.mem, file))
 
     @steps
     def munmap(self, addr: int, length: int) -> Steps[None]:
@@ -252,7 +293,7 @@ class Process:
         end = check_range(addr & -PAGE_SIZE, length + addr % PAGE_SIZE)
         yield from self._set_locked(addr & -PAGE_SIZE, end, lock=True)
         for vma in vmas_in(self.mm, addr, end):
-            write = bool(vma.vm_flags & VM_WRITE)
+            write = vma.vm_flags & (VM_WRITE | VM_SHARED) == VM_WRITE
             low, high = max(addr & -PAGE_SIZE, vma.vm_start), min(end, vma.vm_end)
             try:
                 yield from handle_mm_fault(self.mem, self.mm, low, high, write=write)
@@ -319,6 +360,10 @@ class Process:
     def _advise(self, start: int, end: int, advice: Advice) -> Steps[None]:
         if advice in _FLAGS:
             bits, cleared = _FLAGS[advice]
+            if advice is Advice.MADV_WIPEONFORK:
+                for mapped in vmas_in(self.mm, start, end):
+                    if mapped.vm_file is not None:
+                        raise os_error(errno.EINVAL, f"MADV_WIPEONFORK of a file at {mapped}")
             change_flags(self.mem, self.mm, start, end, lambda vma: vma.vm_flags & ~cleared | bits)
             check_mapped(self.mm, start, end)
             return
@@ -338,6 +383,8 @@ class Process:
                 yield from madvise_collapse(self.mem, vma, low, high, cc)
             elif vma.vm_flags & VM_LOCKED:
                 raise os_error(errno.EINVAL, f"{advice.name} of mlocked memory at {low:#x}")
+            elif advice is Advice.MADV_FREE and vma.vm_file is not None:
+                raise os_error(errno.EINVAL, f"MADV_FREE of a file at {low:#x}")
             else:
                 _ON_PAGES[advice](self.mem, vma, low, high)
         if gap is not None:
@@ -355,6 +402,7 @@ class Process:
             self.task.cpu,
         )
         child.mm.preferred_node = self.mm.preferred_node
+        child.mm.files = [get_file(file) for file in self.mm.files]
         try:
             yield from dup_mmap(self.mem, self.mm, child.mm)
         except MemoryError:
@@ -364,6 +412,8 @@ class Process:
             # A plain call that would have to wait is given up: nobody will ever have the child.
             if not child.mm.vmas:
                 self.mem.mms.remove(child.mm)
+                for file in child.mm.files:
+                    file.f_count -= 1
             raise
         return child
 

@@ -28,7 +28,7 @@ from pykhuge.hw.poison import LINE_SHIFT
 from pykhuge.kernel.panic import KernelBug, KernelPanic
 from pykhuge.khugepaged.scan_result import ScanResult
 from pykhuge.machine import Machine
-from pykhuge.mm.fault import BusError
+from pykhuge.mm.errors import BusError
 from pykhuge.mm.vmstat import MM_COUNTERS
 from pykhuge.process import Advice
 

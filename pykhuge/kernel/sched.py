@@ -1,9 +1,9 @@
 """Tasks and their steps: where one task may lose the CPU to another.
 
 What the kernel does with locks dropped and retaken is a generator here. It yields a `Step` wherever
-another task could run: a lock awaited (`Acquire`), a lock dropped (`Release`), or a named place
-(`Preempt`). `Task.run` drives it to the end; `Task.step` goes to the next yield, so that a test or
-a scheduler can put other tasks in between.
+another task could run: a lock awaited (`Acquire`), a lock dropped (`Release`), something else awaited (`Until`),
+or a named place (`Preempt`). `Task.run` drives it to the end; `Task.step` goes to the next yield,
+so that a test or a scheduler can put other tasks in between.
 
 A function made with `@steps` is called plainly, or with `.steps` for its generator:
 
@@ -21,7 +21,18 @@ from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, over
 from pykhuge.kernel.locking import Holder, Mode, RwSem
 from pykhuge.kernel.panic import KernelBug, KernelPanic
 
-__all__ = ["Acquire", "Preempt", "Release", "Sched", "Step", "Steps", "Task", "WouldBlock", "steps"]
+__all__ = [
+    "Acquire",
+    "Preempt",
+    "Release",
+    "Sched",
+    "Step",
+    "Steps",
+    "Task",
+    "Until",
+    "WouldBlock",
+    "steps",
+]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -73,6 +84,26 @@ class Release:
         return f"release {self.lock.name}"
 
 
+class Until:
+    """Sleeps until others have brought something about, e.g. unlocked a page; holds no lock."""
+
+    __slots__ = ("_condition", "_what")
+
+    def __init__(self, what: str, condition: Callable[[], bool]) -> None:
+        self._what = what
+        self._condition = condition
+
+    def ready(self) -> bool:
+        """Whether the task may go on at once."""
+        return self._condition()
+
+    def take_effect(self, task: Task[Any]) -> None:
+        """Nothing: what it waited for is looked at anew."""
+
+    def __str__(self) -> str:
+        return f"wait until {self._what}"
+
+
 @dataclass(frozen=True, slots=True)
 class Preempt:
     """A place without a lock of its own at which other tasks may run, by its name."""
@@ -90,7 +121,7 @@ class Preempt:
         return self.where
 
 
-Step = Acquire | Release | Preempt
+Step = Acquire | Release | Until | Preempt
 Steps = Generator[Step, None, T]
 
 
@@ -198,11 +229,11 @@ class Task(Holder, Generic[T]):
             return stop.value  # type: ignore[no-any-return]
 
     def _abandon(self, generator: Steps[T], step: Step) -> None:
+        generator.close()
         if self.held:
             raise KernelBug(f"{self.comm} holds {self.held[-1]} and waits to {step}: deadlock")
-        generator.close()
-        assert isinstance(step, Acquire)
-        raise WouldBlock(f"{self.comm} waits to {step}: {step.lock}")
+        what = f"waits to {step}: {step.lock}" if isinstance(step, Acquire) else f"has to {step}"
+        raise WouldBlock(f"{self.comm} {what}")
 
 
 class HasTask(Protocol):

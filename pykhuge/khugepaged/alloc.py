@@ -14,7 +14,7 @@ from pykhuge.mm.page_alloc import alloc_huge_page, charge
 from pykhuge.mm.swap import put_pages
 from pykhuge.mm.vmstat import THP_COLLAPSE_ALLOC, THP_COLLAPSE_ALLOC_FAILED
 
-__all__ = ["alloc_charge_hpage"]
+__all__ = ["alloc_charge_hpage", "put_hpage"]
 
 
 def alloc_charge_hpage(mem: Memory, mm: Mm, cc: CollapseControl) -> tuple[ScanResult, int]:
@@ -36,3 +36,9 @@ def alloc_charge_hpage(mem: Memory, mm: Mm, cc: CollapseControl) -> tuple[ScanRe
     mem.pages.flags[head] |= np.uint32(PG_in_flight)
     mem.in_flight[head] = mem.sched.current
     return ScanResult.SCAN_SUCCEED, head
+
+
+def put_hpage(mem: Memory, hpage: int) -> None:
+    """Give up the huge page that nothing maps."""
+    del mem.in_flight[hpage]
+    put_pages(mem, np.array([hpage]))

@@ -14,7 +14,7 @@ import numpy as np
 from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SIZE
 from pykhuge.kernel.locking import READ, WRITE
 from pykhuge.kernel.sched import Acquire, Preempt, Release, Steps
-from pykhuge.khugepaged.alloc import alloc_charge_hpage
+from pykhuge.khugepaged.alloc import alloc_charge_hpage, put_hpage
 from pykhuge.khugepaged.control import CollapseControl
 from pykhuge.khugepaged.ptes import BlockOfPtes, Bools, FirstFailure
 from pykhuge.khugepaged.revalidate import (
@@ -82,7 +82,7 @@ def collapse_huge_page(
     except GeneratorExit:
         # A plain call that would have to wait is given up: the huge page goes back.
         if hpage >= 0:
-            _put_hpage(mem, hpage)
+            put_hpage(mem, hpage)
         raise
     if result is ScanResult.SCAN_SUCCEED:
         result, vma = hugepage_vma_revalidate(mem, mm, addr, cc, expect_anon=True)
@@ -93,15 +93,9 @@ def collapse_huge_page(
             result = yield from _collapse_locked(mem, vma, addr, pmd, hpage, cc)
         yield Release(mm.mmap_lock)
     if result is not ScanResult.SCAN_SUCCEED and hpage >= 0:
-        _put_hpage(mem, hpage)
+        put_hpage(mem, hpage)
     mem.emit(mm_collapse_huge_page(mm.hashed_ptr, result is ScanResult.SCAN_SUCCEED, result))
     return result
-
-
-def _put_hpage(mem: Memory, hpage: int) -> None:
-    """Give up the huge page that nothing maps."""
-    del mem.in_flight[hpage]
-    put_pages(mem, np.array([hpage]))
 
 
 def _prepare(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pykhuge.hw.memory import HPAGE_PMD_SIZE
-from pykhuge.kernel.locking import READ
-from pykhuge.kernel.sched import Acquire, Steps
+from pykhuge.kernel.locking import READ, WRITE
+from pykhuge.kernel.sched import Acquire, Release, Steps
 from pykhuge.khugepaged.control import CollapseControl
+from pykhuge.khugepaged.retract import collapse_pte_mapped_thp
 from pykhuge.khugepaged.revalidate import hugepage_vma_revalidate
-from pykhuge.khugepaged.scan import hpage_collapse_scan_pmd
+from pykhuge.khugepaged.scan import hpage_collapse_scan
 from pykhuge.khugepaged.scan_result import CollapseError, ScanResult
 from pykhuge.mm.huge_memory import hugepage_vma_check
-from pykhuge.mm.mm_types import Vma
+from pykhuge.mm.mm_types import Mm, Vma
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.swap import lru_add_drain_all
 
@@ -62,7 +63,9 @@ def madvise_collapse(
                 break
             vma = found
             hend = min(hend, vma.vm_end & -HPAGE_PMD_SIZE)
-        result, mmap_locked = yield from hpage_collapse_scan_pmd(mem, vma, addr, cc)
+        result, mmap_locked = yield from hpage_collapse_scan(mem, vma, addr, cc)
+        if result is ScanResult.SCAN_PTE_MAPPED_HUGEPAGE:
+            result = yield from _map_by_pmd(mem, mm, addr)
         if result in _DONE:
             thps += 1
         else:
@@ -74,3 +77,15 @@ def madvise_collapse(
         yield Acquire(mm.mmap_lock, READ)
     if thps != (hend - hstart) // HPAGE_PMD_SIZE:
         raise CollapseError(last_fail)
+
+
+def _map_by_pmd(mem: Memory, mm: Mm, addr: int) -> Steps[ScanResult]:
+    """The page cache holds a huge page already: map it so."""
+    yield Acquire(mm.mmap_lock, WRITE)
+    try:
+        result = yield from collapse_pte_mapped_thp(mem, mm, addr, install_pmd=True)
+    except GeneratorExit:
+        mm.mmap_lock.unlock(mem.sched.current)
+        raise
+    yield Release(mm.mmap_lock)
+    return result

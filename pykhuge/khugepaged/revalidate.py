@@ -44,7 +44,7 @@ def hugepage_vma_revalidate(
         return Revalidated(ScanResult.SCAN_ADDRESS_RANGE, None)
     if not hugepage_vma_check(mem, vma, enforce_sysfs=cc.is_khugepaged):
         return Revalidated(ScanResult.SCAN_VMA_CHECK, None)
-    if expect_anon and vma.anon_vma is None:
+    if expect_anon and (vma.anon_vma is None or vma.vm_file is not None):
         return Revalidated(ScanResult.SCAN_PAGE_ANON, None)
     return Revalidated(ScanResult.SCAN_SUCCEED, vma)
 

@@ -1,23 +1,30 @@
-"""Deciding whether a block is worth collapsing, and collapsing it (hpage_collapse_scan_pmd)."""
+"""Deciding whether a block is worth collapsing, and collapsing it (hpage_collapse_scan_pmd, _file)."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from pykhuge.hw.memory import HPAGE_PMD_NR
 from pykhuge.kernel.locking import READ
-from pykhuge.kernel.sched import Acquire, Release, Steps
+from pykhuge.kernel.sched import Acquire, Preempt, Release, Steps
 from pykhuge.khugepaged.anon import collapse_huge_page
 from pykhuge.khugepaged.control import CollapseControl
+from pykhuge.khugepaged.file import collapse_file
 from pykhuge.khugepaged.ptes import BlockOfPtes, Bools, FirstFailure
+from pykhuge.khugepaged.retract import (
+    khugepaged_add_pte_mapped_thp,
+    khugepaged_collapse_pte_mapped_thps,
+)
 from pykhuge.khugepaged.revalidate import find_pmd_or_thp_or_none, hugepage_vma_revalidate
 from pykhuge.khugepaged.scan_result import ScanResult
-from pykhuge.khugepaged.trace_events import mm_khugepaged_scan_pmd
-from pykhuge.mm.mm_types import Mm, Vma
+from pykhuge.khugepaged.trace_events import mm_khugepaged_scan_file, mm_khugepaged_scan_pmd
+from pykhuge.mm.file_table import hold_file, release_file
+from pykhuge.mm.mm_types import File, Mm, Vma
 from pykhuge.mm.mmzone import NODE_RECLAIM_DISTANCE, Memory
-from pykhuge.mm.page import PG_anon, PG_locked, PG_lru
+from pykhuge.mm.page import Pfns, PG_anon, PG_head, PG_locked, PG_lru, PG_private
 from pykhuge.mm.page_table import (
     PAGE_SWP_UFFD_WP,
     PTE_MARKER_UFFD_WP,
@@ -34,7 +41,7 @@ from pykhuge.mm.vmstat import (
     THP_SCAN_EXCEED_SWAP_PTE,
 )
 
-__all__ = ["hpage_collapse_scan_pmd", "khugepaged_scan_block"]
+__all__ = ["hpage_collapse_scan", "khugepaged_scan_block"]
 
 U_LRU = np.uint32(PG_lru)
 U_LOCKED = np.uint32(PG_locked)
@@ -64,18 +71,47 @@ def khugepaged_scan_block(mem: Memory, mm: Mm, addr: int, cc: CollapseControl) -
     A block the daemon would pass over yields the result of that look, without a trace event.
     """
     lru_add_drain_all(mem)
+    if cc.is_khugepaged:
+        yield from khugepaged_collapse_pte_mapped_thps(mem, mm)
     yield Acquire(mm.mmap_lock, READ)
     result, vma = hugepage_vma_revalidate(mem, mm, addr, cc, expect_anon=False)
     if result is not ScanResult.SCAN_SUCCEED:
         yield Release(mm.mmap_lock)
         return result
     assert vma is not None
-    result, mmap_locked = yield from hpage_collapse_scan_pmd(mem, vma, addr, cc)
+    result, mmap_locked = yield from hpage_collapse_scan(mem, vma, addr, cc)
     if mmap_locked:
         yield Release(mm.mmap_lock)
-    if result is ScanResult.SCAN_SUCCEED and cc.is_khugepaged:
+    collapsed = result is ScanResult.SCAN_SUCCEED
+    if result is ScanResult.SCAN_PTE_MAPPED_HUGEPAGE and cc.is_khugepaged:
+        pmd_state, _ = find_pmd_or_thp_or_none(mem, mm, addr)
+        table = pmd_state is ScanResult.SCAN_SUCCEED
+        collapsed = table and khugepaged_add_pte_mapped_thp(mm, addr)
+    if collapsed and cc.is_khugepaged:
         cc.settings.pages_collapsed = (cc.settings.pages_collapsed + 1) % (1 << 32)
     return result
+
+
+def hpage_collapse_scan(
+    mem: Memory, vma: Vma, addr: int, cc: CollapseControl
+) -> Steps[tuple[ScanResult, bool]]:
+    """Scan the block at `addr` by the kind of `vma`, and collapse it if it is worth it.
+
+    Returns: the result, and whether mmap_lock is still held.
+    Locks: entered with mmap_lock for read. It is dropped for a file, whose VMA may go meanwhile.
+    """
+    if vma.vm_file is None:
+        return (yield from hpage_collapse_scan_pmd(mem, vma, addr, cc))
+    file, pgoff = hold_file(mem, vma.vm_file), vma.linear_page_index(addr)
+    yield Release(vma.mm.mmap_lock)
+    try:
+        result = yield from hpage_collapse_scan_file(mem, vma.mm, addr, file, pgoff, cc)
+    except GeneratorExit:
+        mem.held_files.remove(file)
+        file.f_count -= 1  # a plain call, given up: whoever had the file still has it
+        raise
+    yield from release_file(mem, file)
+    return result, False
 
 
 def hpage_collapse_scan_pmd(
@@ -178,22 +214,99 @@ def _swp_uffd_wp_any(swapped: Ptes) -> Bools:
 def _scan_nodes(
     mem: Memory, block: BlockOfPtes, failure: FirstFailure, cc: CollapseControl
 ) -> None:
-    """Count the pages of each node up to the failure, and refuse a block spread too far.
-
-    Kernel: hpage_collapse_scan_abort, cc->node_load.
-    """
+    """Count the pages of each node up to the failure, and refuse a block spread too far."""
     if len(mem.nodes) == 1:
         cc.node_load = {0: len(block.mapped)}
         return
     nids = mem.nids_of(block.heads)
-    cc.node_load = {}
+    abort = _scan_abort(mem, nids)
+    if abort < len(nids):
+        failure.at(int(block.mapped[abort]), ScanResult.SCAN_SCAN_ABORT)
+    _load_nodes(nids[: block.before(failure.place)], cc)
+
+
+def _load_nodes(nids: npt.NDArray[np.int64], cc: CollapseControl) -> None:
+    """cc->node_load[nid]++ for each page."""
+    cc.node_load = {nid: n for nid, n in enumerate(np.bincount(nids).tolist()) if n}
+
+
+def _scan_abort(mem: Memory, nids: npt.NDArray[np.int64]) -> int:
+    """The first page whose node is too far from one met before; len(nids) if none is.
+
+    nids: int64[n], the node of each page, in order. Kernel: hpage_collapse_scan_abort.
+    """
     if mem.node_reclaim_mode:
-        first_of_nodes = np.sort(np.unique(nids, return_index=True)[1])
-        for index in first_of_nodes.tolist():
-            nid = int(nids[index])
-            seen = [int(nids[other]) for other in first_of_nodes.tolist() if other < index]
-            if any(mem.distances[nid][other] > NODE_RECLAIM_DISTANCE for other in seen):
-                failure.at(int(block.mapped[index]), ScanResult.SCAN_SCAN_ABORT)
-                break
-    counted = nids[: block.before(failure.place)]
-    cc.node_load = {nid: n for nid, n in enumerate(np.bincount(counted).tolist()) if n}
+        first_of_nodes = np.sort(np.unique(nids, return_index=True)[1]).tolist()
+        for met, index in enumerate(first_of_nodes):
+            distances = mem.distances[int(nids[index])]
+            if any(
+                distances[nids[other]] > NODE_RECLAIM_DISTANCE for other in first_of_nodes[:met]
+            ):
+                return int(index)
+    return len(nids)
+
+
+def hpage_collapse_scan_file(
+    mem: Memory, mm: Mm, addr: int, file: File, start: int, cc: CollapseControl
+) -> Steps[ScanResult]:
+    """Scan pages [start, start + 512) of the page cache, and collapse them if it is worth it.
+
+    Locks: none; the caller holds a reference to `file`.
+    """
+    scanned = _scan_entries(mem, file.f_mapping.i_pages.node(start), start, cc)
+    result = scanned.result
+    if result is ScanResult.SCAN_SUCCEED:
+        if cc.is_khugepaged and scanned.present < HPAGE_PMD_NR - cc.limit("max_ptes_none"):
+            result = ScanResult.SCAN_EXCEED_NONE_PTE
+            mem.vmstat.count(THP_SCAN_EXCEED_NONE_PTE)
+        else:
+            yield Preempt("scanned")
+            result = yield from collapse_file(mem, mm, addr, file, start, cc)
+    mem.emit(
+        mm_khugepaged_scan_file(
+            mm.hashed_ptr, scanned.page, file.inode.name, scanned.present, scanned.swap, result
+        )
+    )
+    return result
+
+
+class ScannedFile(NamedTuple):
+    """What the walk of a file's 512 entries found."""
+
+    result: ScanResult
+    page: int
+    present: int
+    swap: int
+
+
+def _scan_entries(mem: Memory, slots: Pfns, start: int, cc: CollapseControl) -> ScannedFile:
+    """The walk over the entries that are not holes. Changes: cc.node_load, events.
+
+    A value that exceeds max_ptes_swap stands as -1 in the trace: Linux makes a frame number of it
+    that means nothing.
+    """
+    pages, failure = mem.pages, FirstFailure()
+    values = np.flatnonzero(slots < 0)
+    failure.beyond(values, cc.limit("max_ptes_swap"), ScanResult.SCAN_EXCEED_SWAP_PTE)
+    places = np.flatnonzero(slots > 0)
+    pfns = slots[places]
+    flags = pages.flags[pfns]
+    compound = flags & np.uint32(PG_head) != 0
+    cached = pages.index[pfns] == start
+    failure.where(places, compound & cached, ScanResult.SCAN_PTE_MAPPED_HUGEPAGE)
+    failure.where(places, compound & ~cached, ScanResult.SCAN_PAGE_COMPOUND)
+    nids = mem.nids_of(pfns)
+    abort = _scan_abort(mem, nids)
+    if abort < len(nids):
+        failure.at(int(places[abort]), ScanResult.SCAN_SCAN_ABORT)
+    failure.where(places, flags & U_LRU == 0, ScanResult.SCAN_PAGE_LRU)
+    private = flags & np.uint32(PG_private) != 0
+    extra = pages.refcount[pfns] != 1 + pages.mapcount[pfns] + private
+    failure.where(places, extra, ScanResult.SCAN_PAGE_COUNT)
+    if failure.result is ScanResult.SCAN_EXCEED_SWAP_PTE:
+        mem.vmstat.count(THP_SCAN_EXCEED_SWAP_PTE)
+    present = int(np.searchsorted(places, failure.place))
+    _load_nodes(nids[:present], cc)
+    page = int(slots[failure.place]) if failure.place < HPAGE_PMD_NR else -1
+    swap = int(np.searchsorted(values, failure.place, side="right"))
+    return ScannedFile(failure.result, max(page, -1), present, swap)

@@ -13,6 +13,8 @@ __all__ = [
     "mm_collapse_huge_page",
     "mm_collapse_huge_page_isolate",
     "mm_collapse_huge_page_swapin",
+    "mm_khugepaged_collapse_file",
+    "mm_khugepaged_scan_file",
     "mm_khugepaged_scan_pmd",
 ]
 
@@ -109,4 +111,53 @@ class mm_collapse_huge_page_swapin(NamedTuple):  # noqa: N801
         return (
             f"mm={_pointer(self.mm)}, swapped_in={self.swapped_in},"
             f" referenced={self.referenced}, ret={self.ret}"
+        )
+
+
+class mm_khugepaged_scan_file(NamedTuple):  # noqa: N801
+    """One block of a file scanned. scan_pfn: the page that stopped the scan, -1 if none did."""
+
+    mm: int
+    scan_pfn: int
+    filename: str
+    present: int
+    swap: int
+    result: ScanResult
+
+    @property
+    def name(self) -> str:
+        """The event's name in tracefs."""
+        return type(self).__name__
+
+    def body(self) -> str:
+        """What TP_printk makes of the fields."""
+        return (
+            f"mm={_pointer(self.mm)}, scan_pfn={_pfn(self.scan_pfn)}, filename={self.filename},"
+            f" present={self.present}, swap={self.swap}, result={self.result.text}"
+        )
+
+
+class mm_khugepaged_collapse_file(NamedTuple):  # noqa: N801
+    """One collapse of a file's block ended. index: how far it came; nr: pages of the huge page."""
+
+    mm: int
+    hpage_pfn: int
+    index: int  # type: ignore[assignment]  # tuple.index
+    addr: int
+    is_shmem: bool
+    filename: str
+    nr: int
+    result: ScanResult
+
+    @property
+    def name(self) -> str:
+        """The event's name in tracefs."""
+        return type(self).__name__
+
+    def body(self) -> str:
+        """What TP_printk makes of the fields."""
+        return (
+            f"mm={_pointer(self.mm)}, hpage_pfn={_pfn(self.hpage_pfn)}, index={self.index},"
+            f" addr={self.addr}, is_shmem={self.is_shmem:d}, filename={self.filename},"
+            f" nr={self.nr}, result={self.result.text}"
         )

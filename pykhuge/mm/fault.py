@@ -1,4 +1,4 @@
-"""Page faults of anonymous memory (mm/memory.c).
+"""Page faults (mm/memory.c): anonymous memory here, files in `file_fault`.
 
 `handle_mm_fault` brings in a range, block by block, as a task that touches it from low to high
 would; neighbouring pages of one kind are brought in together. A fault that the kernel would answer
@@ -15,6 +15,16 @@ from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZ
 from pykhuge.kernel.locking import READ
 from pykhuge.kernel.sched import Acquire, Release, Steps, WouldBlock
 from pykhuge.mm.copy_mc import copy_mc_page
+from pykhuge.mm.errors import (
+    BUS_ADRERR,
+    BUS_MCEERR_AR,
+    BusError,
+    PageLocked,
+    SegmentationFault,
+    UserFault,
+)
+from pykhuge.mm.file_fault import do_fault, map_huge_file_page
+from pykhuge.mm.filemap import wait_on_page
 from pykhuge.mm.huge_memory import (
     OutOfMemory,
     alloc_page_table,
@@ -28,6 +38,7 @@ from pykhuge.mm.mm_types import (
     VM_EXEC,
     VM_LOCKED,
     VM_READ,
+    VM_SHARED,
     VM_UFFD_MISSING,
     VM_UFFD_WP,
     VM_WRITE,
@@ -35,8 +46,9 @@ from pykhuge.mm.mm_types import (
     Vma,
 )
 from pykhuge.mm.mmzone import Memory
+from pykhuge.mm.new_pages import VM_PAGE_PROT, map_new_pages, new_user_pages, pte_table
 from pykhuge.mm.page import (
-    Pfns,
+    PG_anon,
     PG_anon_exclusive,
     PG_locked,
     PG_lru,
@@ -45,7 +57,7 @@ from pykhuge.mm.page import (
     PG_uptodate,
     PG_zone_device,
 )
-from pykhuge.mm.page_alloc import alloc_huge_page, alloc_pages, charge
+from pykhuge.mm.page_alloc import alloc_huge_page, charge
 from pykhuge.mm.page_table import (
     PAGE_ACCESSED,
     PAGE_DIRTY,
@@ -56,32 +68,31 @@ from pykhuge.mm.page_table import (
     PAGE_SWP_EXCLUSIVE,
     PAGE_SWP_UFFD_WP,
     PAGE_UFFD_WP,
-    PAGE_USER,
     PUD_SHIFT,
     SWP_HWPOISON,
     SWP_PTE_MARKER,
-    TABLE,
     Ptes,
+    is_marker,
     is_swap_pte,
-    pfn_ptes,
     pmd_trans_huge,
     pte_index,
     pte_pfn,
     swp_offset,
     swp_type,
 )
+from pykhuge.mm.page_writeback import set_page_dirty
 from pykhuge.mm.rmap import (
     anon_vma_prepare,
     mlock_page,
+    mod_mm_pages,
     page_add_anon_rmap,
-    page_add_new_anon_rmap,
     page_add_new_huge_anon_rmap,
     page_move_anon_rmap,
     page_remove_rmap,
     pmd_of,
     set_pmd,
 )
-from pykhuge.mm.swap import lru_add_drain, lru_add_huge_page, lru_cache_add, put_pages
+from pykhuge.mm.swap import lru_add_drain, lru_add_huge_page, put_pages
 from pykhuge.mm.swap_state import (
     delete_from_swap_cache,
     folio_swapped,
@@ -99,47 +110,12 @@ from pykhuge.mm.vmstat import (
 )
 
 __all__ = [
-    "BUS_ADRERR",
-    "BUS_MCEERR_AR",
-    "BusError",
-    "SegmentationFault",
     "SwapFault",
-    "UserFault",
     "do_swap_page",
     "find_vma",
     "handle_mm_fault",
+    "vma_lookup",
 ]
-
-BUS_ADRERR = 2
-BUS_MCEERR_AR = 4
-
-
-class BusError(Exception):
-    """SIGBUS to a task: si_addr `address`, si_code `code`, si_addr_lsb `lsb` (0 if it has none)."""
-
-    def __init__(self, address: int, code: int, lsb: int = 0) -> None:
-        self.address = address
-        self.code = code
-        self.lsb = lsb
-        name = {BUS_ADRERR: "BUS_ADRERR", BUS_MCEERR_AR: "BUS_MCEERR_AR"}[code]
-        super().__init__(f"SIGBUS {name} at {address:#x}, lsb {lsb}")
-
-
-class SegmentationFault(Exception):
-    """SIGSEGV to a task that touched `address` with no right to."""
-
-    def __init__(self, address: int, access: str) -> None:
-        self.address = address
-        super().__init__(f"SIGSEGV at {address:#x}: no VMA there allows to {access}")
-
-
-class UserFault(WouldBlock):
-    """The task sleeps in handle_userfault() until its userfaultfd resolves `address`."""
-
-    def __init__(self, address: int, kind: str) -> None:
-        self.address = address
-        self.kind = kind
-        super().__init__(f"fault at {address:#x} waits for userfaultfd ({kind})")
 
 
 class SwapFault(enum.Enum):
@@ -159,8 +135,10 @@ def find_vma(mm: Mm, addr: int) -> Vma | None:
     return None
 
 
-# vm_page_prot of a private mapping: never writable, so that a write faults once.
-VM_PAGE_PROT = PAGE_PRESENT | PAGE_USER | PAGE_ACCESSED
+def vma_lookup(mm: Mm, addr: int) -> Vma | None:
+    """The VMA that `addr` lies in."""
+    vma = find_vma(mm, addr)
+    return vma if vma is not None and vma.vm_start <= addr else None
 
 
 def handle_mm_fault(mem: Memory, mm: Mm, start: int, end: int, *, write: bool) -> Steps[None]:
@@ -170,18 +148,30 @@ def handle_mm_fault(mem: Memory, mm: Mm, start: int, end: int, *, write: bool) -
     Locks: takes mmap_lock for read.
     """
     yield Acquire(mm.mmap_lock, READ)
+    locked_mm = True
     try:
         while start < end:
             vma = access_vma(mm, start, write=write)
             stop = min(end, vma.vm_end, (start & -HPAGE_PMD_SIZE) + HPAGE_PMD_SIZE)
             try:
                 _fault_block(mem, vma, start, stop, write)
+                start = stop
             except BusError as error:
                 # si_addr is the very address that was touched, not its page (do_sigbus).
                 raise BusError(max(error.address, start), error.code, error.lsb) from None
-            start = stop
+            except PageLocked as locked:
+                busy = locked.pfn
+            else:
+                continue
+            # The lock of a cached page is awaited without mmap_lock (VM_FAULT_RETRY).
+            locked_mm = False
+            yield Release(mm.mmap_lock)
+            yield from wait_on_page(mem, busy)
+            yield Acquire(mm.mmap_lock, READ)
+            locked_mm = True
     except BaseException:
-        mm.mmap_lock.unlock(mem.sched.current)
+        if locked_mm:
+            mm.mmap_lock.unlock(mem.sched.current)
         raise
     yield Release(mm.mmap_lock)
 
@@ -198,24 +188,15 @@ def access_vma(mm: Mm, addr: int, *, write: bool) -> Vma:
     return vma
 
 
-def pte_table(mem: Memory, mm: Mm, addr: int) -> int:
-    """The page table of the block at `addr`, made if there is none. Raises: OutOfMemory."""
-    pmd = pmd_of(mem, mm, addr)
-    if pmd is None:
-        mm.pmd_tables[addr >> PUD_SHIFT] = alloc_page_table(mem, mm)
-    if not pmd:
-        table = alloc_page_table(mem, mm)
-        set_pmd(mem, mm, addr, (table << PAGE_SHIFT) | TABLE)
-        return table
-    return pte_pfn(pmd)
-
-
 def _fault_block(mem: Memory, vma: Vma, start: int, end: int, write: bool) -> None:
     """Fault in [start, end), which lies in one block and one VMA. Locks: mmap_lock."""
     pmd = pmd_of(mem, vma.mm, start)
-    if not pmd and _do_huge_pmd_anonymous_page(mem, vma, start, write):
-        return
-    if pmd and pmd_trans_huge(pmd) and _do_huge_pmd_fault(mem, vma, start, pmd, write):
+    if vma.vm_file is not None:
+        if _file_pmd_fault(mem, vma, start, pmd, write):
+            return
+    elif (not pmd and _do_huge_pmd_anonymous_page(mem, vma, start, write)) or (
+        pmd and pmd_trans_huge(pmd) and _do_huge_pmd_fault(mem, vma, start, pmd, write)
+    ):
         return
     table = pte_table(mem, vma.mm, start)
     first = pte_index(start)
@@ -230,7 +211,9 @@ def _fault_block(mem: Memory, vma: Vma, start: int, end: int, write: bool) -> No
         addr += int(missing[0]) << PAGE_SHIFT
         first += int(missing[0])
         pte = int(ptes[first])
-        if pte == 0:
+        if vma.vm_file is not None and (pte == 0 or is_marker(pte)):
+            nr = do_fault(mem, vma, addr, ptes, first, last, write)
+        elif pte == 0:
             nr = _run_of_none(ptes[first:last])
             _do_anonymous_pages(mem, vma, addr, ptes[first : first + nr], write)
         elif is_swap_pte(pte):
@@ -242,6 +225,17 @@ def _fault_block(mem: Memory, vma: Vma, start: int, end: int, write: bool) -> No
             nr = 1
             _do_wp_page(mem, vma, addr, ptes, first)
         mem.vmstat.count(PGFAULT, nr)
+
+
+def _file_pmd_fault(mem: Memory, vma: Vma, addr: int, pmd: int | None, write: bool) -> bool:
+    """A fault where a huge page of a file is, or could be, mapped. False: go on with PTEs."""
+    if pmd and not pmd_trans_huge(pmd):
+        return False
+    if pmd:
+        if not write or pmd & PAGE_RW:
+            return True
+        split_huge_pmd(mem, vma, addr)
+    return map_huge_file_page(mem, vma, addr, write)
 
 
 def _run_of_none(ptes: Ptes) -> int:
@@ -265,35 +259,6 @@ def _do_anonymous_pages(mem: Memory, vma: Vma, addr: int, ptes: Ptes, write: boo
     map_new_pages(mem, vma, addr, pfns, ptes)
     if len(pfns) < len(ptes):
         raise OutOfMemory(f"no page for {addr + (len(pfns) << PAGE_SHIFT):#x} of {vma.mm.name}")
-
-
-def new_user_pages(mem: Memory, vma: Vma, nr: int) -> Pfns:
-    """Up to `nr` pages, charged to the mm's cgroup."""
-    memcg = vma.mm.memcg
-    if memcg.key:
-        nr = min(nr, memcg.limit - memcg.usage)
-    pfns = alloc_pages(mem, nr, vma.mm.preferred_node)
-    charge(mem, memcg, len(pfns))
-    mem.pages.memcg[pfns] = memcg.key
-    return pfns
-
-
-def map_new_pages(mem: Memory, vma: Vma, addr: int, pfns: Pfns, ptes: Ptes) -> None:
-    """Map new pages writable where the VMA is; they wait in the LRU batch."""
-    if not len(pfns):
-        return
-    prot = VM_PAGE_PROT
-    if vma.vm_flags & VM_WRITE:
-        prot |= PAGE_DIRTY | PAGE_RW
-    first = vma.linear_page_index(addr)
-    page_add_new_anon_rmap(mem, pfns, vma, np.arange(first, first + len(pfns)))
-    mem.mod_mm(vma.mm, MM_ANONPAGES, len(pfns))
-    if vma.vm_flags & VM_LOCKED:
-        for pfn in pfns.tolist():
-            mlock_page(mem, pfn)
-    ptes[: len(pfns)] = pfn_ptes(pfns, prot)
-    mem.pages.refcount[pfns] += 1
-    lru_cache_add(mem, pfns)
 
 
 def _do_huge_pmd_anonymous_page(mem: Memory, vma: Vma, addr: int, write: bool) -> bool:
@@ -466,6 +431,8 @@ def _do_wp_page(mem: Memory, vma: Vma, addr: int, ptes: Ptes, slot: int) -> None
     if pte & PAGE_UFFD_WP and vma.vm_flags & VM_UFFD_WP:
         raise UserFault(addr, "wp")
     pfn = pte_pfn(pte)
+    if vma.vm_flags & VM_SHARED:
+        set_page_dirty(mem, np.array([pfn]))
     if pfn != mem.zero_pfn and _wp_can_reuse(mem, vma, pfn):
         ptes[slot] = pte | PAGE_RW | PAGE_DIRTY | PAGE_ACCESSED
         return
@@ -481,7 +448,7 @@ def _do_wp_page(mem: Memory, vma: Vma, addr: int, ptes: Ptes, slot: int) -> None
         # Gone before rmap is asked: munlock would find the page mlocked by this very entry.
         ptes[slot] = 0
         page_remove_rmap(mem, old, vma)
-        mem.mod_mm(vma.mm, MM_ANONPAGES, -1)
+        mod_mm_pages(mem, vma.mm, old, -1)
     map_new_pages(mem, vma, addr, new, ptes[slot : slot + 1])
     if pfn != mem.zero_pfn:
         free_swap_cache(mem, old)
@@ -491,9 +458,11 @@ def _do_wp_page(mem: Memory, vma: Vma, addr: int, ptes: Ptes, slot: int) -> None
 def _wp_can_reuse(mem: Memory, vma: Vma, pfn: int) -> bool:
     pages = mem.pages
     flags = int(pages.flags[pfn])
-    if flags & PG_anon_exclusive:
+    if flags & PG_anon_exclusive or vma.vm_flags & VM_SHARED:
         return True
     head = pages.head_of(pfn)
+    if not pages.flags[head] & PG_anon:
+        return False
     if pages.is_compound(pfn) or flags & PG_zone_device:
         if pages.is_compound(pfn) and pages.refcount[head] > 1:
             return False

@@ -8,14 +8,8 @@ import numpy as np
 
 from pykhuge.hw.memory import PAGE_SIZE
 from pykhuge.kernel.sched import Steps, WouldBlock
-from pykhuge.mm.fault import (
-    BUS_MCEERR_AR,
-    BusError,
-    SegmentationFault,
-    access_vma,
-    handle_mm_fault,
-)
-from pykhuge.mm.mm import os_error
+from pykhuge.mm.errors import BUS_MCEERR_AR, BusError, SegmentationFault, os_error
+from pykhuge.mm.fault import access_vma, handle_mm_fault
 from pykhuge.mm.mm_types import MMF_HAS_PINNED, Mm
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import GUP_PIN_COUNTING_BIAS, Pfns, PG_head, PG_locked, compound_head

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SIZE
+from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.mm.mm_types import (
     MMF_DISABLE_THP,
+    VM_EXEC,
     VM_HUGEPAGE,
     VM_HUGETLB,
     VM_NOHUGEPAGE,
     VM_SPECIAL,
     Mm,
+    ShmemInode,
     Vma,
 )
 from pykhuge.mm.mmzone import Memory
@@ -39,7 +41,8 @@ from pykhuge.mm.page_table import (
     pfn_ptes,
     pte_pfn,
 )
-from pykhuge.mm.rmap import page_mappings, page_remove_huge_rmap, pmd_of, set_pmd
+from pykhuge.mm.page_writeback import set_page_dirty
+from pykhuge.mm.rmap import mm_counter, page_mappings, page_remove_huge_rmap, pmd_of, set_pmd
 from pykhuge.mm.swap import put_pages
 from pykhuge.mm.vmstat import (
     NR_PAGETABLE,
@@ -58,6 +61,7 @@ __all__ = [
     "hugepage_vma_check",
     "pgtable_trans_huge_deposit",
     "pgtable_trans_huge_withdraw",
+    "shmem_is_huge",
     "split_huge_page",
     "split_huge_pmd",
     "transhuge_vma_suitable",
@@ -69,8 +73,13 @@ class OutOfMemory(MemoryError):
 
 
 def transhuge_vma_suitable(vma: Vma, addr: int) -> bool:
-    """Whether the 2 MiB block that holds `addr` lies inside `vma`."""
+    """Whether a huge PMD could map the 2 MiB block that holds `addr`.
+
+    It must lie inside `vma`, and a file must be mapped there in step with its own blocks.
+    """
     haddr = addr & -HPAGE_PMD_SIZE
+    if vma.vm_file is not None and ((vma.vm_start >> PAGE_SHIFT) - vma.vm_pgoff) % HPAGE_PMD_NR:
+        return False
     return vma.vm_start <= haddr and haddr + HPAGE_PMD_SIZE <= vma.vm_end
 
 
@@ -90,9 +99,41 @@ def hugepage_vma_check(
         return False
     if not in_pf and not transhuge_vma_suitable(vma, vma.vm_end - HPAGE_PMD_SIZE):
         return False
+    inode = vma.vm_file.inode if vma.vm_file is not None else None
+    if isinstance(inode, ShmemInode) and not in_pf:
+        return shmem_is_huge(mem, inode, vma.vm_pgoff, vma, force=not enforce_sysfs)
     if enforce_sysfs and not _enabled_for(mem, vma):
         return False
+    if inode is not None:
+        return not in_pf and bool(vma.vm_flags & VM_EXEC) and inode.i_writecount <= 0
     return in_pf or vma.anon_vma is not None
+
+
+def shmem_is_huge(
+    mem: Memory, inode: ShmemInode, index: int, vma: Vma | None, *, force: bool = False
+) -> bool:
+    """Whether page `index` of a shmem file may be part of a huge page, by `shmem_enabled`.
+
+    Args:
+        vma: by way of which it is asked for; None for a system call on the file.
+        force: asked by MADV_COLLAPSE.
+    """
+    if mem.thp.shmem_enabled == "deny":
+        return False
+    if vma is not None and (vma.vm_flags & VM_NOHUGEPAGE or vma.mm.flags & MMF_DISABLE_THP):
+        return False
+    if force or mem.thp.shmem_enabled == "force":
+        return True
+    policy = mem.thp.shm_mnt_huge if inode.i_sb is mem.shm_mnt else inode.i_sb.huge
+    if policy == "always":
+        return True
+    if policy == "within_size":
+        end = (index // HPAGE_PMD_NR + 1) * HPAGE_PMD_NR
+        if -(-inode.i_size // PAGE_SIZE) >= end:
+            return True
+    if policy in ("within_size", "advise"):
+        return vma is not None and bool(vma.vm_flags & VM_HUGEPAGE)
+    return False
 
 
 def _enabled_for(mem: Memory, vma: Vma) -> bool:
@@ -149,11 +190,15 @@ def get_huge_zero_page(mem: Memory) -> int | None:
 def split_huge_pmd(mem: Memory, vma: Vma, addr: int) -> None:
     """Map the block at `addr` by 512 PTEs instead of one huge PMD; the page stays compound.
 
+    The PMD of a file is only cleared: its pages can be found again by a fault.
     Kernel: __split_huge_pmd_locked.
     """
     mm, haddr = vma.mm, addr & -HPAGE_PMD_SIZE
     pmd = pmd_of(mem, mm, haddr)
     assert pmd is not None
+    if vma.vm_file is not None:
+        _clear_file_pmd(mem, vma, haddr, pmd)
+        return
     table = pgtable_trans_huge_withdraw(mm, haddr)
     head = pte_pfn(pmd)
     mem.vmstat.count(THP_SPLIT_PMD)
@@ -167,6 +212,17 @@ def split_huge_pmd(mem: Memory, vma: Vma, addr: int) -> None:
         # Last, so that no subpage looks unmapped in between: NR_ANON_MAPPED does not move. Nor may
         # the PMD still be there: munlock would find the page mlocked by it.
         page_remove_huge_rmap(mem, head, vma)
+
+
+def _clear_file_pmd(mem: Memory, vma: Vma, haddr: int, pmd: int) -> None:
+    head = pte_pfn(pmd)
+    mem.vmstat.count(THP_SPLIT_PMD)
+    set_pmd(mem, vma.mm, haddr, 0)
+    if pmd & PAGE_DIRTY:
+        set_page_dirty(mem, np.array([head]))
+    page_remove_huge_rmap(mem, head, vma)
+    mem.mod_mm(vma.mm, mm_counter(int(mem.pages.flags[head])), -HPAGE_PMD_NR)
+    put_pages(mem, np.array([head]))
 
 
 def _split_pmd_of_page(mem: Memory, head: int, table: int, pmd: int) -> None:

@@ -14,8 +14,8 @@ from pykhuge.hw.memory import PAGE_SHIFT
 from pykhuge.kernel.locking import READ
 from pykhuge.kernel.sched import Acquire, Release, Steps
 from pykhuge.mm.copy_mc import copy_mc_page
+from pykhuge.mm.errors import os_error
 from pykhuge.mm.fault import access_vma
-from pykhuge.mm.mm import os_error
 from pykhuge.mm.mm_types import Mm, Vma
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import PG_anon_exclusive, PG_locked, PG_lru, PG_swapcache, PG_zone_device

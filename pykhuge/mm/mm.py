@@ -7,16 +7,18 @@ and drops it. Arguments are checked before the lock is taken.
 from __future__ import annotations
 
 import errno
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.kernel.locking import WRITE
 from pykhuge.kernel.sched import Acquire, Release, Steps
 from pykhuge.mm.copy_mc import copy_mc_page
-from pykhuge.mm.fault import find_vma, pte_table
+from pykhuge.mm.errors import os_error
+from pykhuge.mm.fault import find_vma
+from pykhuge.mm.file_table import link_file_vma, release_file, unlink_file_vma
 from pykhuge.mm.huge_memory import (
     OutOfMemory,
     alloc_page_table,
@@ -30,13 +32,17 @@ from pykhuge.mm.mm_types import (
     MMF_HAS_PINNED,
     VM_DONTCOPY,
     VM_LOCKED,
+    VM_SHARED,
     VM_UFFD_FLAGS,
     VM_WIPEONFORK,
     VM_WRITE,
+    File,
     Mm,
+    ShmemInode,
     Vma,
 )
 from pykhuge.mm.mmzone import Memory
+from pykhuge.mm.new_pages import pmd_table, pte_table
 from pykhuge.mm.page import Pfns, PG_anon_exclusive, PG_head, PG_tail
 from pykhuge.mm.page_alloc import alloc_pages, charge
 from pykhuge.mm.page_table import (
@@ -53,28 +59,30 @@ from pykhuge.mm.page_table import (
     SWP_TYPE_SHIFT,
     U_PRESENT,
     Ptes,
+    each_block,
     is_swap_ptes,
     pmd_trans_huge,
     pte_index,
     pte_pfn,
     pte_pfns,
-    swp_offsets,
 )
 from pykhuge.mm.rmap import (
+    MARKER_UFFD_WP,
     anon_vma_clone,
     anon_vma_new,
     mlock_page,
+    mod_mm_pages,
     munlock_pages,
     page_add_new_anon_rmap,
-    page_remove_huge_rmap,
-    page_remove_rmap,
     pmd_of,
+    ptes_of,
     set_pmd,
     unlink_anon_vmas,
 )
 from pykhuge.mm.swap import lru_add_drain, lru_cache_add, put_pages
-from pykhuge.mm.swap_state import free_swap_cache, swap_duplicate, swap_free
+from pykhuge.mm.swap_state import swap_duplicate
 from pykhuge.mm.vmstat import MM_ANONPAGES, MM_SWAPENTS
+from pykhuge.mm.zap import swap_slots, zap_page_range
 
 __all__ = [
     "TASK_SIZE",
@@ -84,21 +92,13 @@ __all__ = [
     "do_mremap",
     "do_munmap",
     "dup_mmap",
-    "each_block",
     "exit_mmap",
     "free_pgtables",
-    "os_error",
     "vmas_in",
-    "zap_page_range",
 ]
 
 TASK_SIZE = 1 << 47
 SWAP_FLAGS = np.uint64(PAGE_SWP_UFFD_WP)
-
-
-def os_error(number: int, text: str) -> OSError:
-    """An OSError with errno `number`, its usual words, and what was wrong."""
-    return OSError(number, f"{os.strerror(number)}: {text}")
 
 
 def check_range(addr: int, length: int) -> int:
@@ -120,55 +120,78 @@ def vmas_in(mm: Mm, start: int, end: int) -> list[Vma]:
     return [vma for vma in mm.vmas if vma.vm_start < end and vma.vm_end > start]
 
 
-def each_block(start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Cut [start, end) at 2 MiB boundaries."""
-    while start < end:
-        stop = min(end, (start & -HPAGE_PMD_SIZE) + HPAGE_PMD_SIZE)
-        yield start, stop
-        start = stop
-
-
 def do_mmap(
-    mem: Memory, mm: Mm, addr: int | None, length: int, vm_flags: int, *, fixed: bool
+    mem: Memory,
+    mm: Mm,
+    addr: int | None,
+    length: int,
+    vm_flags: int,
+    *,
+    fixed: bool,
+    file: File | None = None,
+    pgoff: int = 0,
 ) -> Steps[int]:
-    """Map anonymous private memory.
+    """Map anonymous private memory, or `file` from page `pgoff` on.
 
-    Without an address, the lowest gap above mmap_base is taken, 2 MiB aligned if `length` is 2 MiB
-    or more. `fixed` replaces what is there; otherwise an occupied `addr` is only a hint.
+    Without an address, the lowest gap above mmap_base is taken; if `length` is 2 MiB or more, in
+    step with 2 MiB blocks, of the file if there is one (thp_get_unmapped_area). `fixed` replaces
+    what is there; otherwise an occupied `addr` is only a hint.
+    Raises: OSError EINVAL, ENOMEM, EACCES (the file is not open for that).
     """
+    if file is not None:
+        _check_file_access(file, vm_flags)
     if length <= 0:
         raise os_error(errno.EINVAL, f"length={length}: allowed 1 and more")
     if addr is not None:
         check_range(addr, length)
     length = length + PAGE_SIZE - 1 & -PAGE_SIZE
     yield Acquire(mm.mmap_lock, WRITE)
+    replaced: list[File] = []
     if fixed and addr is not None:
-        _unmap(mem, mm, addr, addr + length)
+        replaced = _unmap(mem, mm, addr, addr + length)
     elif addr is None or vmas_in(mm, addr, addr + length):
-        addr = _unmapped_area(mm, length)
+        addr = _unmapped_area(mm, length, pgoff)
         if addr + length > TASK_SIZE:
             yield Release(mm.mmap_lock)
             raise os_error(errno.ENOMEM, f"length={length:#x}: allowed up to what is free")
-    vma = Vma(mm, addr, addr + length, vm_flags, addr >> PAGE_SHIFT)
+    if file is None:
+        pgoff = addr >> PAGE_SHIFT
+    vma = Vma(mm, addr, addr + length, vm_flags, pgoff, vm_file=file)
     _insert(mm, vma)
     _merge(mem, mm, vma)
     yield Release(mm.mmap_lock)
+    yield from _release_files(mem, replaced)
     return addr
 
 
-def _unmapped_area(mm: Mm, length: int) -> int:
+def _release_files(mem: Memory, files: list[File]) -> Steps[None]:
+    for file in files:
+        yield from release_file(mem, file)
+
+
+def _check_file_access(file: File, vm_flags: int) -> None:
+    """Raises: OSError EACCES if a mapping with these flags needs more than `file` is open for."""
+    if not file.readable:
+        raise os_error(errno.EACCES, f"{file.inode.name} is not open for reading")
+    if vm_flags & VM_SHARED and vm_flags & VM_WRITE and not file.writable:
+        raise os_error(errno.EACCES, f"{file.inode.name} is not open for writing")
+
+
+def _unmapped_area(mm: Mm, length: int, pgoff: int) -> int:
     align = HPAGE_PMD_SIZE if length >= HPAGE_PMD_SIZE else PAGE_SIZE
-    addr = mm.mmap_base
+    offset = pgoff << PAGE_SHIFT
+    addr = mm.mmap_base + offset % align
     for vma in mm.vmas:
         if vma.vm_end <= addr:
             continue
         if vma.vm_start >= addr + length:
             break
-        addr = vma.vm_end + align - 1 & -align
+        addr = vma.vm_end + (offset - vma.vm_end) % align
     return addr
 
 
 def _insert(mm: Mm, vma: Vma) -> None:
+    link_file_vma(vma)
     mm.vmas.append(vma)
     mm.vmas.sort(key=lambda each: each.vm_start)
 
@@ -176,7 +199,7 @@ def _insert(mm: Mm, vma: Vma) -> None:
 def _split(mm: Mm, vma: Vma, addr: int) -> Vma:
     """Cut `vma` at `addr`; returns the upper part. Huge PMDs across the cut are the caller's."""
     upper = Vma(mm, addr, vma.vm_end, vma.vm_flags, vma.linear_page_index(addr))
-    upper.userfaultfd_ctx = vma.userfaultfd_ctx
+    upper.userfaultfd_ctx, upper.vm_file = vma.userfaultfd_ctx, vma.vm_file
     upper.anon_vma = vma.anon_vma
     anon_vma_clone(upper, vma)
     vma.vm_end = addr
@@ -219,7 +242,7 @@ def _merge(mem: Memory, mm: Mm, vma: Vma) -> None:
 def _can_merge(first: Vma, second: Vma) -> bool:
     if first.vm_end != second.vm_start or first.vm_flags != second.vm_flags:
         return False
-    if first.userfaultfd_ctx is not second.userfaultfd_ctx:
+    if first.userfaultfd_ctx is not second.userfaultfd_ctx or first.vm_file is not second.vm_file:
         return False
     if first.linear_page_index(second.vm_start) != second.vm_pgoff:
         return False
@@ -232,22 +255,30 @@ def _can_merge(first: Vma, second: Vma) -> bool:
 def _forget(mem: Memory, mm: Mm, vma: Vma) -> None:
     mm.vmas.remove(vma)
     unlink_anon_vmas(mem, vma)
+    for file in unlink_file_vma(mem, vma):
+        mem.held_files.remove(file)
+        file.f_count -= 1  # the neighbour it has been joined with refers to the file too
 
 
 def do_munmap(mem: Memory, mm: Mm, addr: int, length: int) -> Steps[None]:
     """Unmap [addr, addr + length)."""
     end = check_range(addr, length)
     yield Acquire(mm.mmap_lock, WRITE)
-    _unmap(mem, mm, addr, end)
+    files = _unmap(mem, mm, addr, end)
     yield Release(mm.mmap_lock)
+    yield from _release_files(mem, files)
 
 
-def _unmap(mem: Memory, mm: Mm, start: int, end: int) -> None:
+def _unmap(mem: Memory, mm: Mm, start: int, end: int) -> list[File]:
+    """Unmap a range; returns the files of its VMAs, to be put once mmap_lock is dropped."""
+    files: list[File] = []
     for vma in isolate_vmas(mem, mm, start, end):
-        zap_page_range(mem, vma, vma.vm_start, vma.vm_end)
+        zap_page_range(mem, vma, vma.vm_start, vma.vm_end, drop_markers=True)
         mm.vmas.remove(vma)
         free_pgtables(mem, mm, vma.vm_start, vma.vm_end)
         unlink_anon_vmas(mem, vma)
+        files += unlink_file_vma(mem, vma)
+    return files
 
 
 def free_pgtables(mem: Memory, mm: Mm, start: int, end: int) -> None:
@@ -260,67 +291,6 @@ def free_pgtables(mem: Memory, mm: Mm, start: int, end: int) -> None:
     for gib in range(start >> PUD_SHIFT, (end - 1 >> PUD_SHIFT) + 1):
         if gib in mm.pmd_tables and not vmas_in(mm, gib << PUD_SHIFT, gib + 1 << PUD_SHIFT):
             free_page_table(mem, mm, mm.pmd_tables.pop(gib))
-
-
-def zap_page_range(mem: Memory, vma: Vma, start: int, end: int) -> None:
-    """Empty the page-table entries of [start, end), which lies in `vma`; the tables stay.
-
-    This CPU's LRU batch is drained first, so that no page waits in it to be freed.
-    Kernel: unmap_region, zap_page_range_single, zap_pte_range, zap_huge_pmd. Locks: mmap_lock.
-    """
-    lru_add_drain(mem)
-    for low, high in each_block(start, end):
-        pmd = pmd_of(mem, vma.mm, low)
-        if not pmd:
-            continue
-        if pmd_trans_huge(pmd):
-            if high - low == HPAGE_PMD_SIZE:
-                _zap_huge_pmd(mem, vma, low, pmd)
-                continue
-            split_huge_pmd(mem, vma, low)
-        _zap_ptes(mem, vma, _ptes_of(mem, vma.mm, low, high))
-
-
-def _ptes_of(mem: Memory, mm: Mm, low: int, high: int) -> Ptes:
-    """The words of the page table for [low, high), which lies in one block that has a table."""
-    pmd = pmd_of(mem, mm, low)
-    assert pmd
-    first = pte_index(low)
-    return mem.ram.words[pte_pfn(pmd), first : first + (high - low >> PAGE_SHIFT)]
-
-
-def _zap_huge_pmd(mem: Memory, vma: Vma, addr: int, pmd: int) -> None:
-    set_pmd(mem, vma.mm, addr, 0)
-    free_page_table(mem, vma.mm, pgtable_trans_huge_withdraw(vma.mm, addr))
-    head = pte_pfn(pmd)
-    if head != mem.huge_zero_pfn:
-        page_remove_huge_rmap(mem, head, vma)
-        mem.mod_mm(vma.mm, MM_ANONPAGES, -HPAGE_PMD_NR)
-        put_pages(mem, np.array([head]))
-
-
-def _zap_ptes(mem: Memory, vma: Vma, ptes: Ptes) -> None:
-    swapped = ptes[is_swap_ptes(ptes)]
-    pfns = pte_pfns(ptes[ptes & U_PRESENT != 0])
-    pfns = pfns[pfns != mem.zero_pfn]
-    ptes[:] = 0
-    for slot in _swap_slots(swapped):
-        swap_free(mem, slot)
-        mem.mod_mm(vma.mm, MM_SWAPENTS, -1)
-        cached = mem.swap.cache.get(slot)
-        if cached is not None:
-            free_swap_cache(mem, np.array([cached]))
-    if len(pfns):
-        page_remove_rmap(mem, pfns, vma)
-        mem.mod_mm(vma.mm, MM_ANONPAGES, -len(pfns))
-        free_swap_cache(mem, pfns)
-        put_pages(mem, pfns)
-
-
-def _swap_slots(swapped: Ptes) -> list[int]:
-    """The slots among swap-type words; markers and other special entries have none."""
-    real = swapped[swapped >> np.uint64(SWP_TYPE_SHIFT) == 0]
-    return [int(slot) for slot in swp_offsets(real)]
 
 
 def change_flags(
@@ -368,6 +338,9 @@ def do_mprotect(mem: Memory, mm: Mm, addr: int, length: int, prot: int) -> Steps
     end = check_range(addr, length)
     yield Acquire(mm.mmap_lock, WRITE)
     stop = mapped_up_to(mm, addr, end)
+    denied = _first_denied(mm, addr, stop, prot)
+    if denied is not None:
+        stop = max(addr, denied.vm_start)
     changed: list[tuple[int, int]] = []
 
     def change(vma: Vma) -> int:
@@ -383,7 +356,17 @@ def do_mprotect(mem: Memory, mm: Mm, addr: int, length: int, prot: int) -> Steps
         else:
             wrprotect_range(mem, mm, low, high)
     yield Release(mm.mmap_lock)
+    if denied is not None:
+        raise os_error(errno.EACCES, f"the file mapped at {denied} is not open for writing")
     check_whole(stop, end)
+
+
+def _first_denied(mm: Mm, start: int, end: int, prot: int) -> Vma | None:
+    """The first VMA whose file does not allow `prot` (VM_MAYWRITE is not set)."""
+    for vma in vmas_in(mm, start, end) if prot & VM_WRITE else []:
+        if vma.vm_flags & VM_SHARED and vma.vm_file is not None and not vma.vm_file.writable:
+            return vma
+    return None
 
 
 def wrprotect_range(mem: Memory, mm: Mm, start: int, end: int, bits: int = 0) -> None:
@@ -391,19 +374,25 @@ def wrprotect_range(mem: Memory, mm: Mm, start: int, end: int, bits: int = 0) ->
     keep = np.uint64(~PAGE_RW & (1 << 64) - 1)
     for low, high in each_block(start, end):
         pmd = pmd_of(mem, mm, low)
+        vma = find_vma(mm, low)
+        watched_file = bool(bits) and vma is not None and vma.vm_file is not None
         if pmd and pmd_trans_huge(pmd):
-            vma = find_vma(mm, low)
             assert vma is not None
-            if high - low == HPAGE_PMD_SIZE:
+            if high - low == HPAGE_PMD_SIZE and not watched_file:
                 set_pmd(mem, mm, low, pmd & ~PAGE_RW | bits)
                 continue
             split_huge_pmd(mem, vma, low)
-        if pmd:
-            ptes = _ptes_of(mem, mm, low, high)
+        if watched_file:
+            pte_table(mem, mm, low)
+        if pmd_of(mem, mm, low):
+            ptes = ptes_of(mem, mm, low, high)
             present, swapped = ptes & U_PRESENT != 0, is_swap_ptes(ptes)
+            if watched_file:
+                # Where no page is mapped, a marker remembers that it is protected.
+                ptes[ptes == 0] = MARKER_UFFD_WP
             ptes[present] = ptes[present] & keep | np.uint64(bits)
             if bits & PAGE_UFFD_WP:
-                ptes[swapped] |= SWAP_FLAGS
+                ptes[swapped & (ptes >> np.uint64(SWP_TYPE_SHIFT) == 0)] |= SWAP_FLAGS
 
 
 def mkwrite_range(mem: Memory, mm: Mm, start: int, end: int) -> None:
@@ -413,15 +402,28 @@ def mkwrite_range(mem: Memory, mm: Mm, start: int, end: int) -> None:
     Kernel: can_change_pte_writable, can_change_pmd_writable (MM_CP_TRY_CHANGE_WRITABLE).
     """
     for low, high in each_block(start, end):
-        pmd = pmd_of(mem, mm, low)
+        pmd, vma = pmd_of(mem, mm, low), find_vma(mm, low)
+        assert vma is not None
         if pmd and pmd_trans_huge(pmd):
-            if mem.pages.flags[pte_pfn(pmd)] & PG_anon_exclusive and not pmd & PAGE_UFFD_WP:
+            own_pmd = mem.pages.flags[pte_pfn(pmd)] & PG_anon_exclusive or vma.vm_flags & VM_SHARED
+            if own_pmd and not pmd & PAGE_UFFD_WP:
                 set_pmd(mem, mm, low, pmd | PAGE_RW)
         elif pmd:
-            ptes = _ptes_of(mem, mm, low, high)
+            ptes = ptes_of(mem, mm, low, high)
             places = np.flatnonzero(ptes & np.uint64(PAGE_PRESENT | PAGE_UFFD_WP) == U_PRESENT)
-            own = mem.pages.flags[pte_pfns(ptes[places])] & np.uint32(PG_anon_exclusive) != 0
-            ptes[places[own]] |= np.uint64(PAGE_RW)
+            ptes[places[_own(mem, vma, ptes[places])]] |= np.uint64(PAGE_RW)
+
+
+def _own(mem: Memory, vma: Vma, ptes: Ptes) -> npt.NDArray[np.bool_]:
+    """Which present entries of a writable VMA may be written without a fault. Returns: bool[n]."""
+    if vma.vm_file is not None and vma.vm_flags & VM_SHARED:
+        if isinstance(vma.vm_file.inode, ShmemInode):
+            return np.ones(len(ptes), np.bool_)
+        # The file system must hear of the first write to a clean page.
+        dirty: npt.NDArray[np.bool_] = ptes & np.uint64(PAGE_DIRTY) != 0
+        return dirty
+    own: npt.NDArray[np.bool_] = mem.pages.flags[pte_pfns(ptes)] & np.uint32(PG_anon_exclusive) != 0
+    return own
 
 
 def do_mremap(mem: Memory, mm: Mm, old: int, length: int, new: int, new_length: int) -> Steps[int]:
@@ -442,14 +444,16 @@ def do_mremap(mem: Memory, mm: Mm, old: int, length: int, new: int, new_length: 
     if vma is None or vma.vm_start > old or vma.vm_end < old_end:
         yield Release(mm.mmap_lock)
         raise os_error(errno.EFAULT, f"[{old:#x}, {old_end:#x}) is not inside one mapping")
-    _unmap(mem, mm, new, new_end)
+    files = _unmap(mem, mm, new, new_end)
     moved_end = min(old_end, old + new_end - new)
     if moved_end < old_end:
-        _unmap(mem, mm, moved_end, old_end)
+        files += _unmap(mem, mm, moved_end, old_end)
     (vma,) = isolate_vmas(mem, mm, old, moved_end)
     # Without pages of its own it takes the place's offset, so that it can merge there (copy_vma).
-    pgoff = new >> PAGE_SHIFT if vma.anon_vma is None else vma.vm_pgoff
+    untouched = vma.anon_vma is None and vma.vm_file is None
+    pgoff = new >> PAGE_SHIFT if untouched else vma.vm_pgoff
     moved = Vma(mm, new, new + moved_end - old, vma.vm_flags & ~VM_UFFD_FLAGS, pgoff)
+    moved.vm_file = vma.vm_file
     moved.anon_vma = vma.anon_vma
     anon_vma_clone(moved, vma)
     _insert(mm, moved)
@@ -465,8 +469,10 @@ def do_mremap(mem: Memory, mm: Mm, old: int, length: int, new: int, new_length: 
     mm.vmas.remove(vma)
     free_pgtables(mem, mm, vma.vm_start, vma.vm_end)
     unlink_anon_vmas(mem, vma)
+    files += unlink_file_vma(mem, vma)
     _merge(mem, mm, moved)
     yield Release(mm.mmap_lock)
+    yield from _release_files(mem, files)
     if error is not None:
         raise error
     return new
@@ -484,11 +490,14 @@ def _move_page_tables(mem: Memory, old: Vma, new: Vma) -> None:
         pmd = pmd_of(mem, mm, addr)
         if pmd:
             if stop - addr == HPAGE_PMD_SIZE and not pmd_of(mem, mm, addr + offset):
-                _move_pmd(mem, mm, addr, addr + offset, pmd)
+                _move_pmd(mem, old, addr, addr + offset, pmd)
             else:
                 if pmd_trans_huge(pmd):
                     split_huge_pmd(mem, old, addr)
-                source = _ptes_of(mem, mm, addr, stop)
+                    if not pmd_of(mem, mm, addr):
+                        addr = stop  # a file's: to be found again by a fault
+                        continue
+                source = ptes_of(mem, mm, addr, stop)
                 if source.any():
                     table, first = pte_table(mem, mm, addr + offset), pte_index(addr + offset)
                     mem.ram.words[table, first : first + len(source)] = source
@@ -496,12 +505,12 @@ def _move_page_tables(mem: Memory, old: Vma, new: Vma) -> None:
         addr = stop
 
 
-def _move_pmd(mem: Memory, mm: Mm, old: int, new: int, pmd: int) -> None:
-    if pmd_of(mem, mm, new) is None:
-        mm.pmd_tables[new >> PUD_SHIFT] = alloc_page_table(mem, mm)
+def _move_pmd(mem: Memory, vma: Vma, old: int, new: int, pmd: int) -> None:
+    mm = vma.mm
+    pmd_table(mem, mm, new)
     set_pmd(mem, mm, old, 0)
     set_pmd(mem, mm, new, pmd)
-    if pmd_trans_huge(pmd):
+    if pmd_trans_huge(pmd) and vma.vm_file is None:
         pgtable_trans_huge_deposit(mm, new, pgtable_trans_huge_withdraw(mm, old))
 
 
@@ -518,7 +527,7 @@ def mlock_vma_range(mem: Memory, mm: Mm, start: int, end: int, *, lock: bool) ->
             pfns = np.array([pte_pfn(pmd)])
             pfns = pfns[pfns != (mem.huge_zero_pfn or -1)]
         else:
-            ptes = _ptes_of(mem, mm, low, high)
+            ptes = ptes_of(mem, mm, low, high)
             pfns = pte_pfns(ptes[ptes & U_PRESENT != 0])
             pfns = pfns[
                 (pfns != mem.zero_pfn) & (mem.pages.flags[pfns] & np.uint32(PG_head | PG_tail) == 0)
@@ -553,7 +562,9 @@ def _dup_vma(mem: Memory, vma: Vma, child: Mm) -> None:
     copy = Vma(
         child, vma.vm_start, vma.vm_end, vma.vm_flags & ~(VM_LOCKED | VM_UFFD_FLAGS), vma.vm_pgoff
     )
-    child.vmas.append(copy)
+    copy.vm_file = vma.vm_file
+    _insert(child, copy)
+    # Pages of a file are found again by faults; only private copies must be handed on.
     if vma.vm_flags & VM_WIPEONFORK or vma.anon_vma is None:
         return
     anon_vma_clone(copy, vma)
@@ -563,6 +574,8 @@ def _dup_vma(mem: Memory, vma: Vma, child: Mm) -> None:
     copy.anon_vma = own
     for low, high in each_block(vma.vm_start, vma.vm_end):
         pmd = pmd_of(mem, vma.mm, low)
+        if pmd and pmd_trans_huge(pmd) and vma.vm_file is not None:
+            continue
         if pmd and pmd_trans_huge(pmd) and not _copy_huge_pmd(mem, vma, copy, low, pmd):
             split_huge_pmd(mem, vma, low)
             pmd = pmd_of(mem, vma.mm, low)
@@ -576,8 +589,7 @@ def _copy_huge_pmd(mem: Memory, vma: Vma, copy: Vma, addr: int, pmd: int) -> boo
     zero = head == mem.huge_zero_pfn
     if not zero and pages.flags[head] & PG_anon_exclusive and _needs_cow_for_dma(mem, vma, head):
         return False
-    if pmd_of(mem, child, addr) is None:
-        child.pmd_tables[addr >> PUD_SHIFT] = alloc_page_table(mem, child)
+    pmd_table(mem, child, addr)
     pgtable_trans_huge_deposit(child, addr, alloc_page_table(mem, child))
     if not zero:
         pages.refcount[head] += 1
@@ -595,7 +607,7 @@ def _needs_cow_for_dma(mem: Memory, vma: Vma, head: int) -> bool:
 
 def _copy_pte_range(mem: Memory, vma: Vma, copy: Vma, low: int, high: int) -> None:
     """Copy one block's entries: pages shared and write-protected, swap entries duplicated."""
-    source, pages = _ptes_of(mem, vma.mm, low, high), mem.pages
+    source, pages = ptes_of(mem, vma.mm, low, high), mem.pages
     if not source.any():
         return
     first = pte_index(low)
@@ -604,7 +616,7 @@ def _copy_pte_range(mem: Memory, vma: Vma, copy: Vma, low: int, high: int) -> No
     swapped = is_swap_ptes(source) & ~markers
     source[swapped] &= np.uint64(~PAGE_SWP_EXCLUSIVE & (1 << 64) - 1)
     target[swapped] = source[swapped] & ~SWAP_FLAGS
-    for slot in _swap_slots(source[swapped]):
+    for slot in swap_slots(source[swapped]):
         swap_duplicate(mem, slot)
     mem.mod_mm(copy.mm, MM_SWAPENTS, int(np.count_nonzero(swapped)))
 
@@ -622,7 +634,7 @@ def _copy_pte_range(mem: Memory, vma: Vma, copy: Vma, low: int, high: int) -> No
     pages.flags[pfns] &= np.uint32(~PG_anon_exclusive & 0xFFFFFFFF)
     source[shared] &= np.uint64(~PAGE_RW & (1 << 64) - 1)
     target[shared] = source[shared] & mask
-    mem.mod_mm(copy.mm, MM_ANONPAGES, len(shared))
+    mod_mm_pages(mem, copy.mm, pfns, +1)
 
 
 def _copy_pinned(
@@ -677,11 +689,15 @@ def exit_mmap(mem: Memory, mm: Mm) -> Steps[None]:
         mm.mm_users = 1
         raise
     for vma in list(mm.vmas):
-        zap_page_range(mem, vma, vma.vm_start, vma.vm_end)
+        zap_page_range(mem, vma, vma.vm_start, vma.vm_end, drop_markers=True)
+    files, mm.files = mm.files, []
+    mem.held_files += files
     # One by one: a PMD table must stay until the last VMA below it has given up its page tables.
     while mm.vmas:
         vma = mm.vmas.pop()
         free_pgtables(mem, mm, vma.vm_start, vma.vm_end)
         unlink_anon_vmas(mem, vma)
+        files += unlink_file_vma(mem, vma)
     mem.mms.remove(mm)
     yield Release(mm.mmap_lock)
+    yield from _release_files(mem, files)

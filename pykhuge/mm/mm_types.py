@@ -1,15 +1,32 @@
-"""What memory management is about: Mm, Vma, AnonVma, MemCgroup. Fields, no behaviour."""
+"""What memory management is about: Mm, Vma, Inode, AddressSpace, AnonVma. Fields, no behaviour."""
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from pykhuge.hw.memory import PAGE_SHIFT
 from pykhuge.kernel.locking import Rank, RwSem, Spinlock
+from pykhuge.mm.xarray import XArray
 
-__all__ = ["AnonVma", "MemCgroup", "Mm", "MmFlag", "MmuNotifier", "Userfaultfd", "VmFlag", "Vma"]
+__all__ = [
+    "AddressSpace",
+    "AnonVma",
+    "File",
+    "Inode",
+    "MemCgroup",
+    "Mm",
+    "MmFlag",
+    "MmuNotifier",
+    "RegularInode",
+    "ShmemInode",
+    "ShmemSuperBlock",
+    "Userfaultfd",
+    "VmFlag",
+    "Vma",
+]
 
 
 class VmFlag(enum.IntFlag):
@@ -26,6 +43,7 @@ class VmFlag(enum.IntFlag):
     VM_IO = 0x4000
     VM_DONTCOPY = 0x20000
     VM_DONTEXPAND = 0x40000
+    VM_NORESERVE = 0x200000
     VM_WIPEONFORK = 0x2000000
     VM_MIXEDMAP = 0x10000000
     VM_HUGEPAGE = 0x20000000
@@ -37,6 +55,7 @@ VM_READ, VM_WRITE, VM_EXEC, VM_SHARED = 0x1, 0x2, 0x4, 0x8
 VM_UFFD_MISSING, VM_UFFD_WP = 0x200, 0x1000
 VM_LOCKED = 0x2000
 VM_DONTCOPY, VM_WIPEONFORK = 0x20000, 0x2000000
+VM_NORESERVE = 0x200000
 VM_HUGEPAGE, VM_NOHUGEPAGE = 0x20000000, 0x40000000
 VM_HUGETLB = 0x400000
 VM_SPECIAL = (
@@ -87,6 +106,112 @@ class AnonVma:
         return (self.root or self).rwsem
 
 
+@dataclass(eq=False)
+class AddressSpace:
+    """struct address_space: the page cache of one file.
+
+    i_pages: its entries. nrpages: pages and subpages among them, values not counted.
+    nr_thps: huge pages of a file system that does not know about them (regular files alone).
+    i_mmap: the VMAs that map the file. Lock: i_mmap_rwsem.
+    wb_err: errno that writeback has met and nobody has been told yet; 0 is none.
+    fail_create_range, fail_stores: make xas_create_range, or the store of a new page at these
+        indexes, fail for want of memory, as failslab does.
+    """
+
+    key: int
+    host: Inode
+    i_pages: XArray = field(default_factory=XArray)
+    nrpages: int = 0
+    nr_thps: int = 0
+    i_mmap: list[Vma] = field(default_factory=list)
+    i_mmap_rwsem: RwSem = field(default_factory=lambda: RwSem("i_mmap_rwsem", Rank.I_MMAP))
+    wb_err: int = 0
+    fail_create_range: bool = False
+    fail_stores: set[int] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class Inode:
+    """struct inode, as far as memory management looks at it.
+
+    name: of its dentry, for the trace.
+    i_size: bytes. i_blocks: 512-byte units, of shmem alone.
+    i_writecount: how many open files may write to it; negative denies writing.
+    i_nlink: names. Without names, the last File to go takes the inode with it.
+    i_count: Files that are open on it.
+    """
+
+    name: str
+    i_size: int = 0
+    i_blocks: int = 0
+    i_writecount: int = 0
+    i_nlink: int = 1
+    i_count: int = 0
+    i_mapping: AddressSpace = field(init=False)
+
+
+@dataclass(eq=False)
+class ShmemSuperBlock:
+    """struct shmem_sb_info: one tmpfs mount.
+
+    max_blocks, used_blocks: pages; 0 is no limit, and then none are counted.
+    huge: mount option huge=, or what `shmem_enabled` makes of it for the kernel's own mount.
+    """
+
+    max_blocks: int = 0
+    used_blocks: int = 0
+    huge: str = "never"
+    names: dict[str, ShmemInode] = field(default_factory=dict)
+
+
+@dataclass(eq=False, kw_only=True)
+class ShmemInode(Inode):
+    """struct shmem_inode_info. alloced: pages charged. swapped: pages that are on swap.
+
+    fallocend: first page index behind what was ever preallocated.
+
+    flags: VM_NORESERVE if pages are committed one by one, else the whole size was beforehand.
+    """
+
+    i_sb: ShmemSuperBlock
+    alloced: int = 0
+    fallocend: int = 0
+    swapped: int = 0
+    flags: int = VM_NORESERVE
+
+
+@dataclass(eq=False, kw_only=True)
+class RegularInode(Inode):
+    """A file on a disk: `path` on the host, open there as descriptor `fd` until `closer` is called.
+
+    writable: `fd` was opened for writing too.
+    """
+
+    path: str
+    fd: int
+    writable: bool = False
+    closer: Callable[[], object] = field(init=False)
+
+
+@dataclass(eq=False)
+class File:
+    """struct file: an open file. f_count: descriptors and VMAs that refer to it.
+
+    ra_pages: readahead window, in pages (struct file_ra_state).
+    """
+
+    inode: Inode
+    readable: bool
+    writable: bool
+    ra_pages: int
+    f_count: int = 1
+
+    @property
+    def f_mapping(self) -> AddressSpace:
+        """Its page cache."""
+        return self.inode.i_mapping
+
+
 class MmuNotifier(Protocol):
     """A secondary MMU (KVM, an IOMMU) that mirrors page tables: what it is told and asked."""
 
@@ -112,7 +237,10 @@ class Userfaultfd:
 
 @dataclass(eq=False)
 class Vma:
-    """struct vm_area_struct, [vm_start, vm_end) of one mm. Lock: mmap_lock of the mm."""
+    """struct vm_area_struct, [vm_start, vm_end) of one mm. Lock: mmap_lock of the mm.
+
+    vm_file: what it maps; None is anonymous memory. vm_lock: the per-VMA lock.
+    """
 
     mm: Mm
     vm_start: int
@@ -123,6 +251,8 @@ class Vma:
     # Every anon_vma whose pages may lie here: the family's, the own one last.
     anon_vma_chain: list[AnonVma] = field(default_factory=list)
     userfaultfd_ctx: Userfaultfd | None = None
+    vm_file: File | None = None
+    vm_lock: RwSem = field(default_factory=lambda: RwSem("vm_lock", Rank.VMA_LOCK))
 
     def linear_page_index(self, addr: int) -> int:
         """page->index of the page at `addr`."""
@@ -151,6 +281,8 @@ class Mm:
     rss_stat: MM_FILEPAGES, MM_ANONPAGES, MM_SWAPENTS, MM_SHMEMPAGES.
     mm_users: 0 once the process is exiting.
     tlb_gen: how often a collapse has flushed its TLBs.
+    pte_mapped_thp: blocks for the daemon to look at: their page is huge, their entries are small.
+    files: open files.
     """
 
     name: str
@@ -169,4 +301,6 @@ class Mm:
     preferred_node: int = 0
     mmu_notifiers: list[MmuNotifier] = field(default_factory=list)
     tlb_gen: int = 0
+    pte_mapped_thp: list[int] = field(default_factory=list)
+    files: list[File] = field(default_factory=list)
     mmap_base: int = 0x7F00_0000_0000

@@ -19,7 +19,16 @@ from pykhuge.kernel.clock import Clock
 from pykhuge.kernel.panic import KernelPanic
 from pykhuge.kernel.sched import Sched, Task
 from pykhuge.kernel.trace import Trace, TraceEvent
-from pykhuge.mm.mm_types import AnonVma, MemCgroup, Mm
+from pykhuge.mm.mm_types import (
+    AddressSpace,
+    AnonVma,
+    File,
+    Inode,
+    MemCgroup,
+    Mm,
+    RegularInode,
+    ShmemSuperBlock,
+)
 from pykhuge.mm.page import Pages, Pfns, PG_reserved, PG_uptodate, PG_zone_device
 from pykhuge.mm.vmstat import NR_FREE_PAGES, VmStat
 
@@ -53,6 +62,7 @@ class SwapDevice:
 
     swap_map: references to each slot, from PTEs and, one more, from the swap cache.
     contents: the page in each slot that has been written.
+    shmem: slots named by a page cache instead of page tables.
     cache: page frame of each slot that is in the swap cache.
     bad: slots whose reads fail.
     """
@@ -62,6 +72,7 @@ class SwapDevice:
     contents: dict[int, bytes] = field(default_factory=dict)
     cache: dict[int, int] = field(default_factory=dict)
     bad: set[int] = field(default_factory=set)
+    shmem: set[int] = field(default_factory=set)
     free: list[int] = field(default_factory=list)
     next_slot: int = 1  # slot 0 holds the header
 
@@ -75,19 +86,31 @@ class ThpSettings:
     """/sys/kernel/mm/transparent_hugepage: what every fault asks."""
 
     enabled: str = "madvise"
+    shmem_enabled: str = "never"
     defrag: str = "madvise"
     use_zero_page: bool = True
+    # huge= of the kernel's own tmpfs mount: the last `shmem_enabled` that was a mount policy.
+    shm_mnt_huge: str = field(default="never", init=False)
 
     ENABLED = ("always", "madvise", "never")
+    SHMEM_ENABLED = ("always", "within_size", "advise", "never", "deny", "force")
     DEFRAG = ("always", "defer", "defer+madvise", "madvise", "never")
 
     def __setattr__(self, name: str, value: object) -> None:
-        allowed = {"enabled": self.ENABLED, "defrag": self.DEFRAG, "use_zero_page": (False, True)}
+        allowed = {
+            "enabled": self.ENABLED,
+            "shmem_enabled": self.SHMEM_ENABLED,
+            "defrag": self.DEFRAG,
+            "use_zero_page": (False, True),
+            "shm_mnt_huge": self.SHMEM_ENABLED[:4],
+        }
         if name not in allowed:
             raise AttributeError(f"{name}: allowed {', '.join(allowed)}")
         if value not in allowed[name]:
             raise ValueError(f"{name}={value!r}: allowed {', '.join(map(str, allowed[name]))}")
         object.__setattr__(self, name, value)
+        if name == "shmem_enabled" and value not in ("deny", "force"):
+            object.__setattr__(self, "shm_mnt_huge", value)
 
 
 class HeldPages(Protocol):
@@ -101,7 +124,8 @@ class HeldPages(Protocol):
 class Memory:
     """All memory of one host.
 
-    Frame 0 is the zero page. `mappings` finds the AnonVma behind a key in page->mapping.
+    Frame 0 is the zero page. `mappings` finds the AnonVma or AddressSpace behind a key in
+    page->mapping. `commit_limit` is in pages; None commits without limit (overcommit_memory=1).
     """
 
     def __init__(
@@ -141,12 +165,25 @@ class Memory:
 
         self.lru_batches: list[list[int]] = [[] for _ in range(nr_cpus)]
         self.lru_clock = 1
-        self.mappings: dict[int, AnonVma] = {}
+        self.mappings: dict[int, AnonVma | AddressSpace] = {}
         self.next_mapping = 1
+        self.inodes: list[Inode] = []
+        self.regular_inodes: dict[tuple[int, int], RegularInode] = {}  # by device and number
+        self.shm_mnt = ShmemSuperBlock()
+        self.vm_committed_as = 0
+        self.commit_limit: int | None = None
+        # Pages that one read asks the disk for (VM_READAHEAD_PAGES: 128 KiB), and the most of it.
+        self.ra_pages = 32
+        self.writeback: set[int] = set()  # pages on their way to the disk
+        self.io_pages = 320
         self.memcgs = [MemCgroup(0, nr_pages)]
         self.mms: list[Mm] = []
         # New huge pages that nothing maps yet, and who will: for the audit.
         self.in_flight: dict[int, Task[Any]] = {}
+        # Files that code in progress refers to: for the audit.
+        self.held_files: list[File] = []
+        # Cached huge pages that a collapse has locked, and by whom.
+        self.page_locks: dict[int, Task[Any]] = {}
         self.user_pages: list[HeldPages] = []
         self.swap = SwapDevice(nr_swap_slots)
         self.thp = ThpSettings()
@@ -157,6 +194,13 @@ class Memory:
         self.pages.refcount[0] = 1
         self.pages.flags[0] = PG_reserved | PG_uptodate
         self.vmstat.mod_node(NR_FREE_PAGES, -1, 0)
+
+    def new_address_space(self, inode: Inode) -> AddressSpace:
+        """Give `inode` a page cache of its own."""
+        inode.i_mapping = AddressSpace(self.next_mapping, inode)
+        self.mappings[self.next_mapping] = inode.i_mapping
+        self.next_mapping += 1
+        return inode.i_mapping
 
     def nid_of(self, pfn: int) -> int:
         """page_to_nid(). Device pages count as the last node's."""

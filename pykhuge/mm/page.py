@@ -21,12 +21,14 @@ __all__ = [
     "PG_anon",
     "PG_anon_exclusive",
     "PG_dirty",
+    "PG_frozen",
     "PG_head",
     "PG_in_flight",
     "PG_isolated",
     "PG_locked",
     "PG_lru",
     "PG_mlocked",
+    "PG_private",
     "PG_referenced",
     "PG_reserved",
     "PG_swapbacked",
@@ -35,6 +37,7 @@ __all__ = [
     "PG_tail",
     "PG_unevictable",
     "PG_uptodate",
+    "PG_writeback",
     "PG_young",
     "PG_zone_device",
     "Pages",
@@ -59,15 +62,19 @@ PG_head = 1 << 11
 PG_tail = 1 << 12
 PG_anon_exclusive = 1 << 13
 PG_young = 1 << 14
+PG_writeback = 1 << 15
 # Linux keeps these three elsewhere: PAGE_MAPPING_ANON in page->mapping, the page-table mark in
 # page_type, the zone in the upper bits of flags.
 PG_anon = 1 << 16
 PG_table = 1 << 17
 PG_zone_device = 1 << 18
+PG_private = 1 << 19
 # For the audit alone: a reference held by code in progress, by an isolated page or a new page that
 # nothing maps yet. Linux knows such a page only from the local variable that points to it.
 PG_isolated = 1 << 24
 PG_in_flight = 1 << 25
+# page_ref_freeze(): a small page that collapse_file has taken out of the page cache, refcount 0.
+PG_frozen = 1 << 26
 
 # What a pin (FOLL_PIN) adds to the refcount of a page that is not compound.
 GUP_PIN_COUNTING_BIAS = 1024

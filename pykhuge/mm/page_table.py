@@ -6,15 +6,19 @@ pages here as they are there. `ptes` below is such a row, `pte` one word as an i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
-from pykhuge.hw.memory import HPAGE_PMD_NR, PAGE_SHIFT, PAGE_SIZE
+from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 
 __all__ = [
     "PMD_SHIFT",
     "PUD_SHIFT",
     "Ptes",
+    "each_block",
+    "is_marker",
     "is_swap_pte",
     "is_swap_ptes",
     "make_swap_pte",
@@ -94,6 +98,11 @@ def is_swap_pte(pte: int) -> bool:
     return pte != 0 and not pte & PAGE_PRESENT
 
 
+def is_marker(pte: int) -> bool:
+    """A marker that stands where a file's page was (PTE_MARKER_UFFD_WP)."""
+    return is_swap_pte(pte) and swp_type(pte) == SWP_PTE_MARKER
+
+
 def is_swap_ptes(ptes: Ptes) -> npt.NDArray[np.bool_]:
     """`is_swap_pte` of many. Returns: bool[n]."""
     result: npt.NDArray[np.bool_] = (ptes != 0) & (ptes & U_PRESENT == 0)
@@ -118,3 +127,11 @@ def swp_offsets(ptes: Ptes) -> npt.NDArray[np.int64]:
 def pte_index(addr: int) -> int:
     """Which of the 512 words of its table maps `addr`."""
     return (addr >> PAGE_SHIFT) % HPAGE_PMD_NR
+
+
+def each_block(start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Cut [start, end) at 2 MiB boundaries."""
+    while start < end:
+        stop = min(end, (start & -HPAGE_PMD_SIZE) + HPAGE_PMD_SIZE)
+        yield start, stop
+        start = stop

@@ -1,8 +1,9 @@
 """From a page to the page-table entries that map it, and the counts kept of them (mm/rmap.c).
 
-Anonymous pages find their VMAs by way of the anon_vma named in page->mapping. Invariants, which the
-audit recounts: NR_ANON_MAPPED is the number of base pages and subpages that any PTE or PMD maps,
-NR_ANON_THPS 512 for each compound page that a PMD maps.
+Pages find their VMAs by way of what page->mapping names: an anon_vma, or an address_space and its
+i_mmap. Invariants, which the audit recounts: NR_ANON_MAPPED and NR_FILE_MAPPED are the numbers of
+base pages and subpages that any PTE or PMD maps; NR_ANON_THPS, NR_SHMEM_PMDMAPPED and
+NR_FILE_PMDMAPPED are 512 for each compound page that a PMD maps.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
-from pykhuge.mm.mm_types import VM_LOCKED, AnonVma, Mm, Vma
+from pykhuge.mm.mm_types import VM_LOCKED, VM_SHARED, VM_UFFD_WP, AddressSpace, AnonVma, Mm, Vma
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import (
     Pfns,
@@ -29,28 +30,68 @@ from pykhuge.mm.page import (
     PG_uptodate,
     compound_head,
 )
-from pykhuge.mm.page_table import PAGE_PRESENT, PUD_SHIFT, pmd_trans_huge, pte_index, pte_pfn
+from pykhuge.mm.page_table import (
+    PAGE_DIRTY,
+    PAGE_PRESENT,
+    PAGE_RW,
+    PAGE_UFFD_WP,
+    PTE_MARKER_UFFD_WP,
+    PUD_SHIFT,
+    SWP_PTE_MARKER,
+    U_PRESENT,
+    Ptes,
+    each_block,
+    make_swap_pte,
+    pmd_trans_huge,
+    pte_index,
+    pte_pfn,
+    pte_pfns,
+)
+from pykhuge.mm.page_writeback import set_page_dirty
 from pykhuge.mm.swap import lru_item
-from pykhuge.mm.vmstat import NR_ANON_MAPPED, NR_ANON_THPS, NR_MLOCK, NR_UNEVICTABLE
+from pykhuge.mm.vmstat import (
+    MM_ANONPAGES,
+    MM_FILEPAGES,
+    MM_SHMEMPAGES,
+    NR_ANON_MAPPED,
+    NR_ANON_THPS,
+    NR_FILE_MAPPED,
+    NR_FILE_PMDMAPPED,
+    NR_MLOCK,
+    NR_SHMEM_PMDMAPPED,
+    NR_UNEVICTABLE,
+)
 
 __all__ = [
     "Mapping",
     "anon_vma_clone",
     "anon_vma_prepare",
+    "mapped_item",
     "mlock_page",
+    "mm_counter",
+    "mod_mm_pages",
     "munlock_pages",
     "page_add_anon_rmap",
+    "page_add_file_rmap",
+    "page_add_huge_file_rmap",
     "page_add_new_anon_rmap",
     "page_add_new_huge_anon_rmap",
     "page_mappings",
+    "page_mkclean",
     "page_move_anon_rmap",
     "page_remove_huge_rmap",
     "page_remove_rmap",
+    "pmd_mapped_item",
     "pmd_of",
+    "ptes_of",
     "set_pmd",
+    "try_to_unmap",
     "unlink_anon_vmas",
 ]
 
+U_ANON = np.uint32(PG_anon)
+U_COMPOUND = np.uint32(PG_head | PG_tail)
+MARKER_UFFD_WP = make_swap_pte(SWP_PTE_MARKER, PTE_MARKER_UFFD_WP)
 NEW_ANON = PG_anon | PG_swapbacked | PG_uptodate | PG_anon_exclusive
 
 
@@ -65,6 +106,14 @@ def pmd_of(mem: Memory, mm: Mm, addr: int) -> int | None:
 def set_pmd(mem: Memory, mm: Mm, addr: int, pmd: int) -> None:
     """Write the PMD word that covers `addr`; its table must be there."""
     mem.ram.words[mm.pmd_tables[addr >> PUD_SHIFT], (addr >> 21) % HPAGE_PMD_NR] = pmd
+
+
+def ptes_of(mem: Memory, mm: Mm, low: int, high: int) -> Ptes:
+    """The words of the page table for [low, high), which lies in one block that has a table."""
+    pmd = pmd_of(mem, mm, low)
+    assert pmd
+    first = pte_index(low)
+    return mem.ram.words[pte_pfn(pmd), first : first + (high - low >> PAGE_SHIFT)]
 
 
 def anon_vma_new(mem: Memory, root: AnonVma | None = None) -> AnonVma:
@@ -117,6 +166,7 @@ def _mergeable_anon_vma(vma: Vma) -> AnonVma | None:
             adjacent
             and alike
             and continues
+            and other.vm_file is vma.vm_file
             and other.anon_vma is not None
             and len(other.anon_vma_chain) == 1
         ):
@@ -171,6 +221,72 @@ def page_move_anon_rmap(mem: Memory, pfn: int, vma: Vma) -> None:
     mem.pages.flags[pfn] |= np.uint32(PG_anon_exclusive)
 
 
+def mapped_item(flags: int) -> int:
+    """The NR_* counter of mapped pages that a page with `flags` (its head's) counts in."""
+    return NR_ANON_MAPPED if flags & PG_anon else NR_FILE_MAPPED
+
+
+def pmd_mapped_item(flags: int) -> int:
+    """The NR_* counter of pages mapped by PMDs that a huge page with `flags` counts in."""
+    if flags & PG_anon:
+        return NR_ANON_THPS
+    return NR_SHMEM_PMDMAPPED if flags & PG_swapbacked else NR_FILE_PMDMAPPED
+
+
+def mm_counter(flags: int) -> int:
+    """mm_counter(): which of an mm's MM_* counters a page with `flags` (its head's) counts in."""
+    if flags & PG_anon:
+        return MM_ANONPAGES
+    return MM_SHMEMPAGES if flags & PG_swapbacked else MM_FILEPAGES
+
+
+def mod_mm_pages(mem: Memory, mm: Mm, pfns: Pfns, sign: int) -> None:
+    """Count mapped pages (int64[n], base pages or subpages) in the mm's MM_* counters."""
+    flags = mem.pages.flags[compound_head(mem.pages, pfns)] & np.uint32(PG_anon | PG_swapbacked)
+    for kind in set(flags.tolist()):
+        mem.mod_mm(mm, mm_counter(kind), sign * int(np.count_nonzero(flags == kind)))
+
+
+def _mod_mapped(mem: Memory, pfns: Pfns, sign: int) -> None:
+    """Pages (int64[n], base pages or subpages) have become mapped, or unmapped."""
+    if not len(pfns):
+        return
+    flags = mem.pages.flags[pfns]
+    if np.bitwise_or.reduce(flags) & U_COMPOUND:
+        flags = mem.pages.flags[compound_head(mem.pages, pfns)]
+    anon = flags & U_ANON != 0
+    nr_anon = np.count_nonzero(anon)
+    if nr_anon:
+        mem.mod_pages(NR_ANON_MAPPED, pfns if nr_anon == len(pfns) else pfns[anon], sign)
+    if nr_anon < len(pfns):
+        mem.mod_pages(NR_FILE_MAPPED, pfns[~anon], sign)
+
+
+def page_add_file_rmap(mem: Memory, pfns: Pfns, vma: Vma) -> None:
+    """One more PTE maps each of `pfns` (int64[n], distinct; pages of one page cache)."""
+    pages = mem.pages
+    heads = compound_head(pages, pfns)
+    by_pmd = (pages.entire_mapcount[heads] > 0) & (pages.flags[pfns] & U_COMPOUND != 0)
+    _mod_mapped(mem, pfns[(pages.mapcount[pfns] == 0) & ~by_pmd], +1)
+    pages.mapcount[pfns] += 1
+    if vma.vm_flags & VM_LOCKED:
+        for pfn in pfns[~pages_compound(mem, pfns)].tolist():
+            mlock_page(mem, pfn)
+
+
+def page_add_huge_file_rmap(mem: Memory, head: int, vma: Vma) -> None:
+    """One more PMD maps the compound page of a page cache."""
+    pages = mem.pages
+    if pages.entire_mapcount[head] == 0:
+        flags = int(pages.flags[head])
+        mapped = int(np.count_nonzero(pages.mapcount[head : head + HPAGE_PMD_NR]))
+        mem.mod_page(pmd_mapped_item(flags), head, HPAGE_PMD_NR)
+        mem.mod_page(mapped_item(flags), head, HPAGE_PMD_NR - mapped)
+    pages.entire_mapcount[head] += 1
+    if vma.vm_flags & VM_LOCKED:
+        mlock_page(mem, head)
+
+
 def page_remove_rmap(mem: Memory, pfns: Pfns, vma: Vma) -> None:
     """One PTE less maps each of `pfns` (int64[n], distinct; base pages or subpages)."""
     pages = mem.pages
@@ -178,19 +294,18 @@ def page_remove_rmap(mem: Memory, pfns: Pfns, vma: Vma) -> None:
     pages.mapcount[pfns] = left
     gone = pfns[left == 0] if np.count_nonzero(left) else pfns
     flags = pages.flags[gone]
-    if np.bitwise_or.reduce(flags) & (PG_head | PG_tail):
+    if np.bitwise_or.reduce(flags) & U_COMPOUND:
         # A subpage that a PMD still maps stays counted.
         by_pmd = pages.entire_mapcount[compound_head(pages, gone)] > 0
-        gone = gone[~by_pmd | (flags & np.uint32(PG_head | PG_tail) == 0)]
-    if len(gone):
-        mem.mod_pages(NR_ANON_MAPPED, gone, -1)
+        gone = gone[~by_pmd | (flags & U_COMPOUND == 0)]
+    _mod_mapped(mem, gone, -1)
     if vma.vm_flags & VM_LOCKED:
         munlock_pages(mem, pfns[~pages_compound(mem, pfns)])
 
 
 def pages_compound(mem: Memory, pfns: Pfns) -> npt.NDArray[np.bool_]:
     """PageCompound() of many. Returns: bool[n]."""
-    compound: npt.NDArray[np.bool_] = mem.pages.flags[pfns] & np.uint32(PG_head | PG_tail) != 0
+    compound: npt.NDArray[np.bool_] = mem.pages.flags[pfns] & U_COMPOUND != 0
     return compound
 
 
@@ -200,8 +315,9 @@ def page_remove_huge_rmap(mem: Memory, head: int, vma: Vma) -> None:
     pages.entire_mapcount[head] -= 1
     if pages.entire_mapcount[head] == 0:
         unmapped = HPAGE_PMD_NR - int(np.count_nonzero(pages.mapcount[head : head + HPAGE_PMD_NR]))
-        mem.mod_page(NR_ANON_THPS, head, -HPAGE_PMD_NR)
-        mem.mod_page(NR_ANON_MAPPED, head, -unmapped)
+        flags = int(pages.flags[head])
+        mem.mod_page(pmd_mapped_item(flags), head, -HPAGE_PMD_NR)
+        mem.mod_page(mapped_item(flags), head, -unmapped)
     if vma.vm_flags & VM_LOCKED:
         munlock_pages(mem, np.array([head]))
 
@@ -258,11 +374,12 @@ def page_mappings(mem: Memory, pfn: int) -> Iterator[Mapping]:
     """rmap_walk(): every entry that maps this page; the PMDs of a compound page with its head."""
     pages = mem.pages
     head = pages.head_of(pfn)
-    anon_vma = mem.mappings.get(int(pages.mapping[head]))
-    if anon_vma is None:
+    mapping = mem.mappings.get(int(pages.mapping[head]))
+    if mapping is None:
         return
     index = int(pages.index[head]) + pfn - head
-    for vma in list(anon_vma.vmas):
+    vmas = mapping.i_mmap if isinstance(mapping, AddressSpace) else mapping.vmas
+    for vma in list(vmas):
         addr = vma.address_of(index)
         if not vma.vm_start <= addr < vma.vm_end:
             continue
@@ -277,3 +394,60 @@ def page_mappings(mem: Memory, pfn: int) -> Iterator[Mapping]:
         pte = int(mem.ram.words[table, slot])
         if pte & PAGE_PRESENT and pte_pfn(pte) == pfn:
             yield Mapping(vma, addr, table, slot)
+
+
+def try_to_unmap(mem: Memory, mapping: AddressSpace, start: int, pages: Pfns) -> None:
+    """Take pages of a page cache out of every page table, mlocked or not.
+
+    PMDs that map a huge page are for `split_huge_pmd`.
+
+    Dirty entries make their page dirty; write protection by userfaultfd stays behind as a marker.
+    pages: int64[n], the page cached at `start`, `start` + 1, ...; 0 is left alone.
+    """
+    for vma in mapping.i_mmap:
+        first = max(vma.address_of(start), vma.vm_start)
+        last = min(vma.address_of(start + len(pages)), vma.vm_end)
+        for low, high in each_block(first, last):
+            pmd = pmd_of(mem, vma.mm, low)
+            if pmd and not pmd_trans_huge(pmd):
+                place = vma.linear_page_index(low) - start
+                ptes = ptes_of(mem, vma.mm, low, high)
+                _unmap_ptes(mem, vma, ptes, pages[place : place + len(ptes)])
+
+
+def _unmap_ptes(mem: Memory, vma: Vma, ptes: Ptes, pages: Pfns) -> None:
+    mapped = (ptes & U_PRESENT != 0) & (pte_pfns(ptes) == pages) & (pages != 0)
+    if not np.count_nonzero(mapped):
+        return
+    pfns, words = pages[mapped], ptes[mapped]
+    ptes[mapped] = 0
+    drop_file_ptes(mem, vma, words, pfns)
+    leave_markers(vma, ptes, mapped, words)
+    np.subtract.at(mem.pages.refcount, compound_head(mem.pages, pfns), 1)
+
+
+def drop_file_ptes(mem: Memory, vma: Vma, words: Ptes, pfns: Pfns) -> None:
+    """The counts of entries `words` (uint64[n], cleared already) of cached pages `pfns` go."""
+    dirty = words & np.uint64(PAGE_DIRTY) != 0
+    if np.count_nonzero(dirty):
+        set_page_dirty(mem, pfns[dirty])
+    page_remove_rmap(mem, pfns, vma)
+    mod_mm_pages(mem, vma.mm, pfns, -1)
+
+
+def leave_markers(vma: Vma, ptes: Ptes, places: npt.NDArray[np.bool_] | Pfns, words: Ptes) -> None:
+    """pte_install_uffd_wp_if_needed(): protected entries leave a marker in a watched file VMA."""
+    if vma.vm_flags & VM_UFFD_WP:
+        ptes[places] = np.where(words & np.uint64(PAGE_UFFD_WP), np.uint64(MARKER_UFFD_WP), 0)
+
+
+def page_mkclean(mem: Memory, pfns: Pfns) -> None:
+    """folio_mkclean(): shared entries of small pages become clean and read-only.
+
+    Their next write is noticed by a fault. pfns: int64[n].
+    """
+    for pfn in pfns[mem.pages.mapcount[pfns] > 0].tolist():
+        for mapping in page_mappings(mem, pfn):
+            if mapping.vma.vm_flags & VM_SHARED:
+                clean = np.uint64(~(PAGE_DIRTY | PAGE_RW) & (1 << 64) - 1)
+                mem.ram.words[mapping.table, mapping.slot] &= clean

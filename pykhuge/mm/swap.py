@@ -37,6 +37,7 @@ from pykhuge.mm.vmstat import (
 
 __all__ = [
     "PAGEVEC_SIZE",
+    "del_pages_from_lru",
     "isolate_lru_pages",
     "isolated_item",
     "lru_add_drain",
@@ -135,6 +136,14 @@ def isolate_lru_pages(mem: Memory, pfns: Pfns, mark: int = 0) -> None:
     for kind, same in _by_kind(flags, pfns):
         _mod_lru(mem, lru_item(kind), kind, same, -1)
         _mod_lru(mem, isolated_item(kind), kind, same, +1)
+
+
+def del_pages_from_lru(mem: Memory, pfns: Pfns) -> None:
+    """lruvec_del_folio() of pages that are on an LRU list; nothing else of them changes."""
+    flags = mem.pages.flags[pfns]
+    mem.pages.flags[pfns] = flags & U_NOT_LRU
+    for kind, same in _by_kind(flags, pfns):
+        _mod_lru(mem, lru_item(kind), kind, same, -1)
 
 
 def putback_lru_pages(mem: Memory, pfns: Pfns, mark: int = 0) -> None:

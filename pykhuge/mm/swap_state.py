@@ -96,9 +96,12 @@ def swap_writepage(mem: Memory, pfn: int) -> bool:
     return True
 
 
-def swap_readpage(mem: Memory, slot: int, memcg: MemCgroup, nid: int) -> int | None:
+def swap_readpage(
+    mem: Memory, slot: int, memcg: MemCgroup, nid: int, *, major: bool = True
+) -> int | None:
     """read_swap_cache_async(): a new page in the swap cache with the slot's contents.
 
+    major: count it as a fault that had to wait for the device.
     Returns: its frame, with one reference for the caller; None if there is no memory for it. It is
     not PG_uptodate if the device failed.
     """
@@ -113,7 +116,8 @@ def swap_readpage(mem: Memory, slot: int, memcg: MemCgroup, nid: int) -> int | N
     add_to_swap(mem, pfn, slot)
     mem.pages.flags[pfn] &= np.uint32(~PG_dirty & 0xFFFFFFFF)
     mem.vmstat.count(PSWPIN)
-    mem.vmstat.count(PGMAJFAULT)
+    if major:
+        mem.vmstat.count(PGMAJFAULT)
     if slot not in mem.swap.bad:
         mem.ram.pages[pfn] = np.frombuffer(mem.swap.contents[slot], np.uint8)
         mem.pages.flags[pfn] |= np.uint32(PG_uptodate)

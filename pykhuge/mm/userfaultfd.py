@@ -9,38 +9,46 @@ import numpy as np
 from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.kernel.locking import READ, WRITE
 from pykhuge.kernel.sched import Acquire, Release, Steps
-from pykhuge.mm.fault import VM_PAGE_PROT, find_vma, map_new_pages, new_user_pages, pte_table
+from pykhuge.mm.errors import os_error
+from pykhuge.mm.fault import find_vma
+from pykhuge.mm.file_fault import map_file_pages
 from pykhuge.mm.huge_memory import OutOfMemory, split_huge_pmd
 from pykhuge.mm.mm import (
     change_flags,
     check_mapped,
     check_range,
-    each_block,
     mkwrite_range,
-    os_error,
     vmas_in,
     wrprotect_range,
 )
 from pykhuge.mm.mm_types import (
+    VM_SHARED,
     VM_UFFD_FLAGS,
     VM_UFFD_MISSING,
     VM_UFFD_WP,
     VM_WRITE,
     Mm,
+    ShmemInode,
     Userfaultfd,
     Vma,
 )
 from pykhuge.mm.mmzone import Memory
+from pykhuge.mm.new_pages import VM_PAGE_PROT, map_new_pages, new_user_pages, pte_table
 from pykhuge.mm.page_table import (
     PAGE_SPECIAL,
     PAGE_SWP_UFFD_WP,
     PAGE_UFFD_WP,
+    SWP_PTE_MARKER,
+    SWP_TYPE_SHIFT,
+    each_block,
+    is_marker,
     is_swap_ptes,
     pmd_trans_huge,
     pte_index,
     pte_pfn,
 )
 from pykhuge.mm.rmap import anon_vma_prepare, pmd_of, set_pmd
+from pykhuge.mm.shmem import shmem_add_pages
 
 __all__ = ["uffd_copy", "uffd_register", "uffd_unregister", "uffd_writeprotect", "uffd_zeropage"]
 
@@ -56,6 +64,9 @@ def uffd_register(
     yield Acquire(mm.mmap_lock, WRITE)
     try:
         check_mapped(mm, addr, end)
+        for vma in vmas_in(mm, addr, end):
+            if vma.vm_file is not None and not isinstance(vma.vm_file.inode, ShmemInode):
+                raise os_error(errno.EINVAL, f"{vma} maps a file on a disk: allowed memory, shmem")
         if any(vma.userfaultfd_ctx not in (None, ctx) for vma in vmas_in(mm, addr, end)):
             raise os_error(errno.EBUSY, f"[{addr:#x}, {end:#x}) belongs to another userfaultfd")
     except OSError:
@@ -102,7 +113,10 @@ def uffd_zeropage(mem: Memory, mm: Mm, addr: int, length: int) -> Steps[None]:
     yield Acquire(mm.mmap_lock, READ)
     try:
         for page in range(addr, end, PAGE_SIZE):
-            _, table, place = _missing(mem, mm, page)
+            vma, table, place = _missing(mem, mm, page)
+            if vma.vm_file is not None and vma.vm_flags & VM_SHARED:
+                _fill_shmem(mem, vma, page, table, place, bytes(PAGE_SIZE))
+                continue
             mem.ram.words[table, place] = (mem.zero_pfn << PAGE_SHIFT) | VM_PAGE_PROT | PAGE_SPECIAL
     finally:
         mm.mmap_lock.unlock(mem.sched.current)
@@ -110,12 +124,30 @@ def uffd_zeropage(mem: Memory, mm: Mm, addr: int, length: int) -> Steps[None]:
 
 def _fill(mem: Memory, mm: Mm, addr: int, data: bytes) -> None:
     vma, table, place = _missing(mem, mm, addr)
+    if vma.vm_file is not None and vma.vm_flags & VM_SHARED:
+        _fill_shmem(mem, vma, addr, table, place, data)
+        return
     anon_vma_prepare(mem, vma)
     pfns = new_user_pages(mem, vma, 1)
     if not len(pfns):
         raise OutOfMemory(f"no page for {addr:#x} of {mm.name}")
     mem.ram.pages[pfns[0]] = np.frombuffer(data, np.uint8)
     map_new_pages(mem, vma, addr, pfns, mem.ram.words[table, place : place + 1])
+
+
+def _fill_shmem(mem: Memory, vma: Vma, addr: int, table: int, place: int, data: bytes) -> None:
+    """A new page of the file, mapped at once (shmem_mfill_atomic_pte)."""
+    assert vma.vm_file is not None
+    inode, index = vma.vm_file.inode, vma.linear_page_index(addr)
+    assert isinstance(inode, ShmemInode)
+    if index << PAGE_SHIFT >= inode.i_size:
+        raise os_error(errno.EFAULT, f"{addr:#x} lies behind the end of {inode.name}")
+    if inode.i_mapping.i_pages.load(index):
+        raise os_error(errno.EEXIST, f"page {index} of {inode.name} is there")
+    memcg, nid = vma.mm.memcg, vma.mm.preferred_node
+    pfns = shmem_add_pages(mem, inode, index, 1, memcg=memcg, nid=nid)
+    mem.ram.pages[pfns[0]] = np.frombuffer(data, np.uint8)
+    map_file_pages(mem, vma, mem.ram.words[table], np.array([place]), pfns, write=True)
 
 
 def _missing(mem: Memory, mm: Mm, addr: int) -> tuple[Vma, int, int]:
@@ -126,7 +158,8 @@ def _missing(mem: Memory, mm: Mm, addr: int) -> tuple[Vma, int, int]:
     if pmd and pmd_trans_huge(pmd):
         raise os_error(errno.EEXIST, f"{addr:#x} is mapped")
     table, place = pte_table(mem, mm, addr), pte_index(addr)
-    if mem.ram.words[table, place]:
+    pte = int(mem.ram.words[table, place])
+    if pte and not (vma.vm_file is not None and is_marker(pte)):
         raise os_error(errno.EEXIST, f"{addr:#x} is mapped")
     return vma, table, place
 
@@ -170,6 +203,7 @@ def _unprotect(mem: Memory, mm: Mm, start: int, end: int) -> None:
             swapped = is_swap_ptes(ptes)
             ptes[~swapped] &= np.uint64(~PAGE_UFFD_WP & (1 << 64) - 1)
             ptes[swapped] &= np.uint64(~PAGE_SWP_UFFD_WP & (1 << 64) - 1)
+            ptes[swapped & (ptes >> np.uint64(SWP_TYPE_SHIFT) == SWP_PTE_MARKER)] = 0
     for vma in vmas_in(mm, start, end):
         if vma.vm_flags & VM_WRITE:
             mkwrite_range(mem, mm, max(start, vma.vm_start), min(end, vma.vm_end))

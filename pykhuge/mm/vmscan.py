@@ -1,25 +1,32 @@
-"""Swapping anonymous pages out, on demand (mm/vmscan.c, as MADV_PAGEOUT uses it)."""
+"""Reclaiming pages, on demand (mm/vmscan.c, as MADV_PAGEOUT uses it)."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT
+from pykhuge.mm.filemap import (
+    filemap_release_pages,
+    filemap_remove_pages,
+    split_huge_file_page,
+)
 from pykhuge.mm.huge_memory import split_huge_page, split_huge_pmd
-from pykhuge.mm.mm import each_block, zap_page_range
-from pykhuge.mm.mm_types import Vma
+from pykhuge.mm.mm_types import AddressSpace, ShmemInode, Vma
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import (
     PG_active,
+    PG_anon,
     PG_anon_exclusive,
     PG_dirty,
     PG_head,
     PG_locked,
     PG_lru,
+    PG_private,
     PG_referenced,
     PG_swapbacked,
     PG_swapcache,
     PG_tail,
+    PG_writeback,
     PG_young,
     PG_zone_device,
 )
@@ -29,12 +36,14 @@ from pykhuge.mm.page_table import (
     PAGE_PRESENT,
     PAGE_UFFD_WP,
     Ptes,
+    each_block,
     make_swap_pte,
     pmd_trans_huge,
     pte_index,
     pte_pfn,
 )
-from pykhuge.mm.rmap import page_remove_rmap, pmd_of, set_pmd
+from pykhuge.mm.rmap import page_remove_rmap, pmd_of, set_pmd, try_to_unmap
+from pykhuge.mm.shmem import shmem_recalc_inode, shmem_writepage
 from pykhuge.mm.swap import isolate_lru_pages, lru_add_drain, lru_item, put_pages, putback_lru_pages
 from pykhuge.mm.swap_state import (
     add_to_swap,
@@ -44,6 +53,8 @@ from pykhuge.mm.swap_state import (
     swap_writepage,
 )
 from pykhuge.mm.vmstat import MM_ANONPAGES, MM_SWAPENTS
+from pykhuge.mm.xarray import SHADOW
+from pykhuge.mm.zap import zap_page_range
 
 __all__ = ["mark_page_lazyfree_range", "pageout_range"]
 
@@ -58,13 +69,64 @@ def pageout_range(mem: Memory, vma: Vma, start: int, end: int) -> None:
     """
     lru_add_drain(mem)
     for low, high in each_block(start, end):
+        _reclaim_huge_file_page(mem, vma, low, high)
         ptes = _small_ptes(mem, vma, low, high, split=True)
         for place in range(len(ptes)):
             pte = int(ptes[place])
             pfn = pte_pfn(pte)
             if pte & PAGE_PRESENT and pfn != mem.zero_pfn and _may_reclaim(mem, pfn):
                 ptes[place] &= np.uint64(~PAGE_ACCESSED & (1 << 64) - 1)
-                _reclaim(mem, vma, ptes, place, pfn)
+                if mem.pages.flags[pfn] & PG_anon:
+                    _reclaim(mem, vma, ptes, place, pfn)
+                else:
+                    _reclaim_file_page(mem, pfn)
+
+
+def _reclaim_huge_file_page(mem: Memory, vma: Vma, low: int, high: int) -> None:
+    """A huge page of a file is split, which unmaps it, and its pages in [low, high) reclaimed."""
+    pmd = pmd_of(mem, vma.mm, low)
+    if vma.vm_file is None or not pmd or not pmd_trans_huge(pmd):
+        return
+    head, mapping = pte_pfn(pmd), vma.vm_file.f_mapping
+    alone = mem.pages.total_mapcount(head) == 1
+    if not alone or not split_huge_file_page(mem, mapping, head):
+        return
+    if isinstance(mapping.host, ShmemInode):
+        shmem_recalc_inode(mem, mapping.host)
+    first = vma.linear_page_index(low)
+    for _, entries in mapping.i_pages.entries(first, first + (high - low >> PAGE_SHIFT)):
+        for pfn in entries.tolist():
+            _reclaim_file_page(mem, pfn)
+
+
+def _reclaim_file_page(mem: Memory, pfn: int) -> None:
+    """shrink_folio_list() of one small page of a page cache, which at most one entry maps.
+
+    Dirty shmem goes to swap; clean pages are dropped, and a disk file's leave a shadow. Dirty pages
+    of a disk file stay: only kswapd writes those.
+    """
+    one, pages = np.array([pfn]), mem.pages
+    mapping = mem.mappings[int(pages.mapping[pfn])]
+    assert isinstance(mapping, AddressSpace)
+    index = int(pages.index[pfn])
+    isolate_lru_pages(mem, one)
+    try_to_unmap(mem, mapping, index, one)
+    pages.flags[pfn] &= np.uint32(~(PG_referenced | PG_young) & 0xFFFFFFFF)
+    shmem = mapping.host if isinstance(mapping.host, ShmemInode) else None
+    unused = pages.refcount[pfn] == 2 + bool(pages.flags[pfn] & PG_private)
+    if unused and not pages.flags[pfn] & PG_writeback:
+        if not pages.flags[pfn] & PG_dirty:
+            filemap_release_pages(mem, one)
+            filemap_remove_pages(
+                mem, mapping, np.array([index]), one, value=0 if shmem is not None else SHADOW
+            )
+        elif (
+            shmem is not None
+            and shmem_writepage(mem, shmem, index, pfn)
+            and pages.refcount[pfn] == 2
+        ):
+            delete_from_swap_cache(mem, pfn)
+    putback_lru_pages(mem, one)
 
 
 def mark_page_lazyfree_range(mem: Memory, vma: Vma, start: int, end: int) -> None:
@@ -109,7 +171,7 @@ def _small_ptes(mem: Memory, vma: Vma, low: int, high: int, *, split: bool) -> P
     """The entries of [low, high), after splitting a huge page there; none if there is no table."""
     pmd = pmd_of(mem, vma.mm, low)
     if pmd and pmd_trans_huge(pmd):
-        if not split or pte_pfn(pmd) == mem.huge_zero_pfn:
+        if not split or vma.vm_file is not None or pte_pfn(pmd) == mem.huge_zero_pfn:
             return mem.ram.words[0, :0]
         if not split_huge_page(mem, pte_pfn(pmd)):
             split_huge_pmd(mem, vma, low)

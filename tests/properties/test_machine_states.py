@@ -41,7 +41,7 @@ from properties.shadow import (
 from pykhuge.kernel.sched import Task, WouldBlock
 from pykhuge.khugepaged.scan_result import CollapseError, ScanResult
 from pykhuge.machine import Machine
-from pykhuge.mm.fault import BUS_MCEERR_AR, BusError, SegmentationFault, UserFault
+from pykhuge.mm.errors import BUS_MCEERR_AR, BusError, SegmentationFault, UserFault
 from pykhuge.mm.gup import UserPages
 from pykhuge.mm.huge_memory import OutOfMemory
 from pykhuge.mm.page_table import is_swap_pte

@@ -1,0 +1,220 @@
+"""Page tables that still map the small pages of a block whose page cache has become huge.
+
+`retract_page_tables` takes them away right after a collapse, from every VMA it can get hold of;
+`collapse_pte_mapped_thp` does the same later for one block. Whoever touches the block next maps the
+huge page by a PMD.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pykhuge.hw.memory import HPAGE_PMD_SIZE
+from pykhuge.kernel.locking import WRITE
+from pykhuge.kernel.panic import KernelBug
+from pykhuge.kernel.sched import Acquire, Release, Steps
+from pykhuge.khugepaged.control import CollapseControl
+from pykhuge.khugepaged.revalidate import find_pmd_or_thp_or_none
+from pykhuge.khugepaged.scan_result import ScanResult
+from pykhuge.mm.errors import PageLocked
+from pykhuge.mm.fault import vma_lookup
+from pykhuge.mm.file_fault import do_set_pmd
+from pykhuge.mm.filemap import find_page, wait_on_page
+from pykhuge.mm.gup import LockedPage
+from pykhuge.mm.huge_memory import free_page_table, hugepage_vma_check
+from pykhuge.mm.mm_types import VM_UFFD_WP, AddressSpace, Mm, Vma
+from pykhuge.mm.mmzone import Memory
+from pykhuge.mm.page import PG_head
+from pykhuge.mm.page_table import U_PRESENT, pte_pfn, pte_pfns
+from pykhuge.mm.rmap import drop_file_ptes, set_pmd
+
+__all__ = [
+    "collapse_pte_mapped_thp",
+    "khugepaged_add_pte_mapped_thp",
+    "khugepaged_collapse_pte_mapped_thps",
+    "retract_page_tables",
+]
+
+MAX_PTE_MAPPED_THP = 8
+
+
+def retract_page_tables(
+    mem: Memory,
+    mapping: AddressSpace,
+    pgoff: int,
+    target_mm: Mm,
+    target_addr: int,
+    hpage: int,
+    cc: CollapseControl,
+) -> Steps[ScanResult]:
+    """Free the page tables of every VMA that maps block `pgoff`; map the target by a PMD at once.
+
+    Returns: what became of the target's; SCAN_FAIL if it was not met, as where it has private
+    copies or is out of step with the block.
+    Locks: entered with `hpage` locked; takes i_mmap_rwsem, and tries mmap_lock and vm_lock, which
+    faults take the other way round.
+    """
+    target_result = ScanResult.SCAN_FAIL
+    yield Acquire(mapping.i_mmap_rwsem, WRITE)
+    for vma in sorted(mapping.i_mmap, key=lambda each: each.vm_pgoff):
+        addr = vma.address_of(pgoff)
+        if not vma.vm_start <= addr < vma.vm_end or vma.anon_vma is not None:
+            continue
+        if addr % HPAGE_PMD_SIZE or vma.vm_end < addr + HPAGE_PMD_SIZE:
+            continue
+        is_target = vma.mm is target_mm and addr == target_addr
+        result = _retract(mem, vma, addr, hpage, is_target, cc)
+        if is_target:
+            target_result = result
+    yield Release(mapping.i_mmap_rwsem)
+    return target_result
+
+
+def _retract(
+    mem: Memory, vma: Vma, addr: int, hpage: int, is_target: bool, cc: CollapseControl
+) -> ScanResult:
+    mm, task = vma.mm, mem.sched.current
+    result, pmd = find_pmd_or_thp_or_none(mem, mm, addr)
+    if result is not ScanResult.SCAN_SUCCEED:
+        return result
+    # MADV_COLLAPSE leaves the mappings of others to the daemon.
+    wanted = cc.is_khugepaged or is_target
+    if not wanted or not mm.mmap_lock.trylock(task, WRITE):
+        if not is_target:
+            khugepaged_add_pte_mapped_thp(mm, addr)
+        return ScanResult.SCAN_PTE_MAPPED_HUGEPAGE
+    try:
+        if not vma.vm_lock.available(WRITE):
+            return ScanResult.SCAN_PTE_MAPPED_HUGEPAGE
+        if vma.anon_vma is not None:
+            return ScanResult.SCAN_PAGE_ANON
+        if mm.mm_users == 0:
+            return ScanResult.SCAN_ANY_PROCESS
+        # Its page table may hold markers.
+        if vma.vm_flags & VM_UFFD_WP:
+            return ScanResult.SCAN_PTE_UFFD_WP
+        _collapse_and_free_pmd(mem, vma, addr, pmd)
+        if cc.is_khugepaged or not is_target:
+            return ScanResult.SCAN_SUCCEED
+        return _set_huge_pmd(mem, vma, addr, hpage)
+    finally:
+        mm.mmap_lock.unlock(task)
+
+
+def _collapse_and_free_pmd(mem: Memory, vma: Vma, addr: int, pmd: int) -> None:
+    """Clear the PMD and free its page table, which must map nothing any more."""
+    mm = vma.mm
+    if (mem.ram.words[pte_pfn(pmd)] & U_PRESENT).any():
+        raise KernelBug(f"{mm.name}: the page table at {addr:#x} is freed while it maps pages")
+    for notifier in mm.mmu_notifiers:
+        notifier.invalidate_range_start(addr, addr + HPAGE_PMD_SIZE)
+    set_pmd(mem, mm, addr, 0)
+    mm.tlb_gen += 1
+    for notifier in mm.mmu_notifiers:
+        notifier.invalidate_range_end(addr, addr + HPAGE_PMD_SIZE)
+    free_page_table(mem, mm, pte_pfn(pmd))
+
+
+def _set_huge_pmd(mem: Memory, vma: Vma, addr: int, hpage: int) -> ScanResult:
+    """Map the huge page by the PMD at `addr`: clean, and as writable as the VMA's protection is."""
+    if not do_set_pmd(mem, vma, addr, hpage, write=False):
+        return ScanResult.SCAN_FAIL
+    mem.pages.refcount[hpage] += 1
+    return ScanResult.SCAN_SUCCEED
+
+
+def khugepaged_add_pte_mapped_thp(mm: Mm, addr: int) -> bool:
+    """Note the block for the daemon's next visit to the mm; False if there are 8 already."""
+    if len(mm.pte_mapped_thp) >= MAX_PTE_MAPPED_THP:
+        return False
+    mm.pte_mapped_thp.append(addr)
+    return True
+
+
+def khugepaged_collapse_pte_mapped_thps(mem: Memory, mm: Mm) -> Steps[None]:
+    """The daemon looks at the blocks noted, if nobody holds mmap_lock; it forgets them anyway."""
+    if not mm.pte_mapped_thp or not mm.mmap_lock.trylock(mem.sched.current, WRITE):
+        return
+    try:
+        if mm.mm_users:
+            for addr in mm.pte_mapped_thp:
+                yield from collapse_pte_mapped_thp(mem, mm, addr, install_pmd=False)
+        mm.pte_mapped_thp.clear()
+    except GeneratorExit:
+        mm.mmap_lock.unlock(mem.sched.current)
+        raise
+    yield Release(mm.mmap_lock)
+
+
+def collapse_pte_mapped_thp(
+    mem: Memory, mm: Mm, addr: int, *, install_pmd: bool
+) -> Steps[ScanResult]:
+    """Take away the page table at `addr` if all it maps is the huge page cached there.
+
+    Args:
+        install_pmd: map the huge page by the PMD at once.
+    Locks: mmap_lock for write; takes the page lock and i_mmap_rwsem.
+    """
+    result, pmd = find_pmd_or_thp_or_none(mem, mm, addr)
+    if result is ScanResult.SCAN_PMD_MAPPED:
+        return result
+    vma = vma_lookup(mm, addr)
+    if vma is None or vma.vm_file is None or vma.vm_end < addr + HPAGE_PMD_SIZE:
+        return ScanResult.SCAN_VMA_CHECK
+    # Faults map huge pages whatever sysfs says.
+    if not hugepage_vma_check(mem, vma, enforce_sysfs=False):
+        return ScanResult.SCAN_VMA_CHECK
+    if vma.vm_flags & VM_UFFD_WP:
+        return ScanResult.SCAN_PTE_UFFD_WP
+    mapping, index = vma.vm_file.f_mapping, vma.linear_page_index(addr)
+    locked = yield from _find_lock_page(mem, mapping, index)
+    if locked is None:
+        return ScanResult.SCAN_PAGE_NULL
+    hpage = int(locked.pfns[0])
+    try:
+        if not mem.pages.flags[hpage] & PG_head:
+            return ScanResult.SCAN_FAIL
+        if result is ScanResult.SCAN_SUCCEED:
+            yield Acquire(mapping.i_mmap_rwsem, WRITE)
+            result = _drop_ptes(mem, vma, addr, pmd, hpage)
+            yield Release(mapping.i_mmap_rwsem)
+            if result is not ScanResult.SCAN_SUCCEED:
+                return result
+        elif result is not ScanResult.SCAN_PMD_NONE:
+            return result
+        return _set_huge_pmd(mem, vma, addr, hpage) if install_pmd else ScanResult.SCAN_SUCCEED
+    finally:
+        locked.release()
+
+
+def _find_lock_page(mem: Memory, mapping: AddressSpace, index: int) -> Steps[LockedPage | None]:
+    """The page cached at `index`, locked and referenced; None if there is none."""
+    while True:
+        try:
+            pfn = find_page(mem, mapping, index)
+            break
+        except PageLocked as locked:
+            busy = locked.pfn
+        yield from wait_on_page(mem, busy)
+    if pfn is None:
+        return None
+    mem.pages.refcount[mem.pages.head_of(pfn)] += 1
+    return LockedPage(mem, mem.pages.head_of(pfn))
+
+
+def _drop_ptes(mem: Memory, vma: Vma, addr: int, pmd: int, hpage: int) -> ScanResult:
+    """Check that every entry is none or the huge page's own, drop them, and free the table."""
+    ptes = mem.ram.words[pte_pfn(pmd)]
+    places = np.flatnonzero(ptes)
+    present = ptes[places] & U_PRESENT != 0
+    wrong = ~present | (pte_pfns(ptes[places]) != hpage + places)
+    if wrong.any():
+        first_present = present[wrong.argmax()]
+        return ScanResult.SCAN_FAIL if first_present else ScanResult.SCAN_PTE_NON_PRESENT
+    if len(places):
+        words = ptes[places]
+        ptes[places] = 0
+        drop_file_ptes(mem, vma, words, hpage + places)
+        mem.pages.refcount[hpage] -= len(places)
+    _collapse_and_free_pmd(mem, vma, addr, pmd)
+    return ScanResult.SCAN_SUCCEED

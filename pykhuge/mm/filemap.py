@@ -1,0 +1,320 @@
+"""The page cache of a file: what goes in, what is found, what is truncated (mm/filemap.c, truncate.c).
+
+A cached page has one reference from the cache (a huge page 512), names its AddressSpace in
+page->mapping, and counts in NR_FILE_PAGES, shmem pages in NR_SHMEM too. A page that is locked is
+somebody's: whoever wants it waits and looks anew, because it may be another one by then. While a
+collapse is under way, its new huge page stands locked, and not up to date, in all 512 slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from pykhuge.hw.memory import HPAGE_PMD_NR, PAGE_SHIFT, PAGE_SIZE
+from pykhuge.kernel.locking import READ
+from pykhuge.kernel.sched import Acquire, Release, Steps, Until
+from pykhuge.mm.errors import PageLocked
+from pykhuge.mm.huge_memory import split_huge_pmd
+from pykhuge.mm.mm_types import AddressSpace, ShmemInode
+from pykhuge.mm.mmzone import Memory
+from pykhuge.mm.page import (
+    Pfns,
+    PG_dirty,
+    PG_head,
+    PG_locked,
+    PG_mlocked,
+    PG_private,
+    PG_swapbacked,
+    PG_tail,
+    PG_unevictable,
+    PG_writeback,
+)
+from pykhuge.mm.page_table import pmd_trans_huge, pte_pfn
+from pykhuge.mm.page_writeback import clear_page_dirty, finish_io
+from pykhuge.mm.rmap import pmd_of, try_to_unmap
+from pykhuge.mm.swap import put_pages
+from pykhuge.mm.swap_state import swap_free
+from pykhuge.mm.vmstat import (
+    NR_FILE_PAGES,
+    NR_FILE_THPS,
+    NR_SHMEM,
+    NR_SHMEM_THPS,
+    THP_SPLIT_PAGE,
+    THP_SPLIT_PAGE_FAILED,
+)
+from pykhuge.mm.xarray import SHADOW, value_slots
+from pykhuge.mm.zap import unmap_mapping_range
+
+__all__ = [
+    "add_huge_to_page_cache",
+    "add_to_page_cache",
+    "drop_cache",
+    "file_page",
+    "filemap_release_pages",
+    "filemap_remove_huge",
+    "filemap_remove_pages",
+    "find_page",
+    "split_huge_file_page",
+    "truncate_pages",
+    "unlock_page",
+    "wait_on_page",
+    "wait_on_page_writeback",
+    "zero_partial_page",
+]
+
+U_LOCKED = np.uint32(PG_locked)
+
+
+def file_page(mem: Memory, entry: int, index: int) -> int:
+    """folio_file_page(): the frame of page `index` behind a cache entry that is a page."""
+    return entry + index % HPAGE_PMD_NR if mem.pages.flags[entry] & PG_head else entry
+
+
+def find_page(mem: Memory, mapping: AddressSpace, index: int) -> int | None:
+    """The frame of page `index`, unlocked; None for a hole or a value. Raises: PageLocked."""
+    entry = mapping.i_pages.load(index)
+    if entry <= 0:
+        return None
+    if mem.pages.flags[entry] & PG_locked:
+        raise PageLocked(entry)
+    return file_page(mem, entry, index)
+
+
+def wait_on_page(mem: Memory, pfn: int) -> Steps[None]:
+    """folio_lock(), and let go again: sleep until the page is unlocked."""
+    flags = mem.pages.flags
+    yield Until(f"page {pfn:#x} is unlocked", lambda: not flags[pfn] & PG_locked)
+
+
+def unlock_page(mem: Memory, pfn: int) -> None:
+    """unlock_page() of a page in `Memory.page_locks`; those who wait for it may go on."""
+    mem.pages.flags[pfn] &= np.uint32(~PG_locked & 0xFFFFFFFF)
+    del mem.page_locks[pfn]
+
+
+def add_to_page_cache(mem: Memory, mapping: AddressSpace, indexes: Pfns, pfns: Pfns) -> None:
+    """New pages enter the cache at `indexes`, over holes or values; a reference more for each."""
+    pages = mem.pages
+    pages.mapping[pfns] = mapping.key
+    pages.index[pfns] = indexes
+    pages.refcount[pfns] += 1
+    if isinstance(mapping.host, ShmemInode):
+        pages.flags[pfns] |= np.uint32(PG_swapbacked)
+        mem.mod_pages(NR_SHMEM, pfns, +1)
+    mem.mod_pages(NR_FILE_PAGES, pfns, +1)
+    mapping.i_pages.store(indexes, pfns)
+    mapping.nrpages += len(pfns)
+
+
+def add_huge_to_page_cache(mem: Memory, mapping: AddressSpace, index: int, head: int) -> None:
+    """A new huge page of shmem enters the cache; 512 references more."""
+    pages = mem.pages
+    pages.mapping[head] = mapping.key
+    pages.index[head] = index
+    pages.refcount[head] += HPAGE_PMD_NR
+    pages.flags[head] |= np.uint32(PG_swapbacked)
+    for item in (NR_SHMEM, NR_FILE_PAGES, NR_SHMEM_THPS):
+        mem.mod_page(item, head, HPAGE_PMD_NR)
+    mapping.i_pages.store_order_9(index, head)
+    mapping.nrpages += HPAGE_PMD_NR
+
+
+def filemap_remove_pages(
+    mem: Memory, mapping: AddressSpace, indexes: Pfns, pfns: Pfns, *, value: int = 0
+) -> None:
+    """Small pages leave the cache, `value` in their place; the cache's references are dropped.
+
+    Locks: they are not locked by anybody else. Kernel: filemap_remove_folio,
+    shmem_delete_from_page_cache.
+    """
+    if not len(pfns):
+        return
+    if isinstance(mapping.host, ShmemInode):
+        mem.mod_pages(NR_SHMEM, pfns, -1)
+    mem.mod_pages(NR_FILE_PAGES, pfns, -1)
+    clear_page_dirty(mem, pfns)
+    mem.pages.mapping[pfns] = 0
+    mapping.i_pages.store(indexes, value)
+    mapping.nrpages -= len(pfns)
+    put_pages(mem, pfns)
+
+
+def filemap_remove_huge(mem: Memory, mapping: AddressSpace, index: int, head: int) -> None:
+    """A huge page leaves the cache, with the cache's 512 references."""
+    shmem = isinstance(mapping.host, ShmemInode)
+    mem.mod_page(NR_FILE_PAGES, head, -HPAGE_PMD_NR)
+    mem.mod_page(NR_SHMEM_THPS if shmem else NR_FILE_THPS, head, -HPAGE_PMD_NR)
+    if shmem:
+        mem.mod_page(NR_SHMEM, head, -HPAGE_PMD_NR)
+    else:
+        mapping.nr_thps -= 1
+    mem.pages.mapping[head] = 0
+    mapping.i_pages.store_order_9(index, 0)
+    mapping.nrpages -= HPAGE_PMD_NR
+    mem.pages.refcount[head] -= HPAGE_PMD_NR - 1
+    put_pages(mem, np.array([head]))
+
+
+def filemap_release_pages(mem: Memory, pfns: Pfns) -> None:
+    """filemap_release_folio(): the file system gives up what it keeps with each page."""
+    private = pfns[mem.pages.flags[pfns] & np.uint32(PG_private) != 0]
+    mem.pages.flags[private] &= np.uint32(~PG_private & 0xFFFFFFFF)
+    mem.pages.private[private] = 0
+    mem.pages.refcount[private] -= 1
+
+
+def split_huge_file_page(mem: Memory, mapping: AddressSpace, head: int) -> bool:
+    """split_huge_page() of a cached huge page: 512 small ones in its place, mapped by nobody.
+
+    Pages behind the end of the file leave the cache. False if somebody else refers to it.
+    """
+    pages, index = mem.pages, int(mem.pages.index[head])
+    if pages.flags[head] & PG_locked or pages.refcount[head] != HPAGE_PMD_NR + pages.total_mapcount(
+        head
+    ):
+        mem.vmstat.count(THP_SPLIT_PAGE_FAILED)
+        return False
+    for vma in mapping.i_mmap:
+        addr = vma.address_of(index)
+        pmd = pmd_of(mem, vma.mm, addr) if vma.vm_start <= addr < vma.vm_end else None
+        if pmd and pmd_trans_huge(pmd) and pte_pfn(pmd) == head:
+            split_huge_pmd(mem, vma, addr)
+    subpages = np.arange(head, head + HPAGE_PMD_NR)
+    try_to_unmap(mem, mapping, index, subpages)
+    mem.vmstat.count(THP_SPLIT_PAGE)
+    shmem = isinstance(mapping.host, ShmemInode)
+    mem.mod_page(NR_SHMEM_THPS if shmem else NR_FILE_THPS, head, -HPAGE_PMD_NR)
+    if not shmem:
+        mapping.nr_thps -= 1
+    pages.flags[subpages] = pages.flags[head] & np.uint32(
+        ~(PG_head | PG_tail | PG_mlocked | PG_unevictable) & 0xFFFFFFFF
+    )
+    pages.refcount[subpages] = 1
+    pages.mapping[subpages] = mapping.key
+    indexes = pages.index[subpages] = index + np.arange(HPAGE_PMD_NR)
+    pages.memcg[subpages] = pages.memcg[head]
+    pages.lru_seq[subpages] = pages.lru_seq[head]
+    mapping.i_pages.split(index)[:] = subpages
+    end = -(-mapping.host.i_size // PAGE_SIZE)
+    if isinstance(mapping.host, ShmemInode):
+        end = max(end, mapping.host.fallocend)
+    filemap_remove_pages(mem, mapping, indexes[indexes >= end], subpages[indexes >= end])
+    return True
+
+
+def truncate_pages(
+    mem: Memory,
+    mapping: AddressSpace,
+    first: int,
+    last: int,
+    *,
+    even_cows: bool,
+    swapped: Callable[[int], None] = lambda nr: None,
+) -> Steps[None]:
+    """Pages [first, last) of a file leave every page table and the cache.
+
+    Waits for pages that are locked or under writeback. Values go too.
+
+    Args:
+        even_cows: private copies of the pages go as well (truncation, not hole punching).
+        swapped: told how many swap slots have been given up.
+    Kernel: truncate_inode_pages_range, shmem_undo_range.
+    """
+    yield Acquire(mapping.i_mmap_rwsem, READ)
+    unmap_mapping_range(mem, mapping, first, last, even_cows=even_cows)
+    yield Release(mapping.i_mmap_rwsem)
+    while (busy := _remove_range(mem, mapping, first, last, swapped)) is not None:
+        yield from wait_on_page(mem, busy)
+
+
+def _remove_range(
+    mem: Memory, mapping: AddressSpace, first: int, last: int, swapped: Callable[[int], None]
+) -> int | None:
+    """Remove what is not locked; returns a page that is."""
+    busy: int | None = None
+    for indexes, entries in mapping.i_pages.entries(first, last):
+        index = int(indexes[0])
+        if mapping.i_pages.order(index) and len(indexes) == HPAGE_PMD_NR:
+            head = int(entries[0])
+            if mem.pages.flags[head] & PG_locked:
+                busy = head
+                continue
+            # Somebody may have mapped it again meanwhile (truncate_cleanup_folio).
+            unmap_mapping_range(mem, mapping, index, index + HPAGE_PMD_NR, even_cows=False)
+            filemap_remove_huge(mem, mapping, index, head)
+            continue
+        if mapping.i_pages.order(index):
+            head = int(entries[0])
+            if mem.pages.flags[head] & PG_locked or not split_huge_file_page(mem, mapping, head):
+                # Kept whole, zeroed where the pages would have gone (truncate_inode_partial_folio).
+                if mem.pages.flags[head] & PG_locked:
+                    busy = head
+                else:
+                    mem.ram.pages[head + indexes % HPAGE_PMD_NR] = 0
+                continue
+            entries = mapping.i_pages.node(index)[indexes % HPAGE_PMD_NR]
+            indexes, entries = indexes[entries != 0], entries[entries != 0]
+        busy = _remove_small(mem, mapping, indexes, entries, swapped) or busy
+    return busy
+
+
+def _remove_small(
+    mem: Memory,
+    mapping: AddressSpace,
+    indexes: Pfns,
+    entries: Pfns,
+    swapped: Callable[[int], None],
+) -> int | None:
+    values = entries < 0
+    if values.any():
+        mapping.i_pages.store(indexes[values], 0)
+        slots = value_slots(entries[values]).tolist()
+        for slot in slots:
+            mem.swap.shmem.discard(slot)
+            swap_free(mem, slot)
+        swapped(len(slots))
+    indexes, pfns = indexes[~values], entries[~values]
+    locked = mem.pages.flags[pfns] & U_LOCKED != 0
+    free, freed = indexes[~locked], pfns[~locked]
+    for index in free[mem.pages.mapcount[freed] > 0].tolist():
+        unmap_mapping_range(mem, mapping, index, index + 1, even_cows=False)
+    wait_on_page_writeback(mem, freed)
+    filemap_release_pages(mem, freed)
+    filemap_remove_pages(mem, mapping, free, freed)
+    return int(pfns[locked][0]) if locked.any() else None
+
+
+def wait_on_page_writeback(mem: Memory, pfns: Pfns) -> None:
+    """The disk finishes what it is writing; time passes meanwhile."""
+    if np.count_nonzero(mem.pages.flags[pfns] & np.uint32(PG_writeback)):
+        finish_io(mem)
+
+
+def zero_partial_page(mem: Memory, mapping: AddressSpace, start: int, end: int) -> None:
+    """Zero bytes [start, end) of a file, which lie in one page, if that page is cached.
+
+    Raises: PageLocked.
+    """
+    pfn = find_page(mem, mapping, start >> PAGE_SHIFT)
+    if pfn is not None and start < end:
+        mem.ram.pages[pfn, start % PAGE_SIZE : (end - 1) % PAGE_SIZE + 1] = 0
+
+
+def drop_cache(mem: Memory, mapping: AddressSpace) -> None:
+    """invalidate_mapping_pages(): clean pages that nobody uses leave the cache of a regular file."""
+    for indexes, entries in mapping.i_pages.entries(0, 1 << 52):
+        if mapping.i_pages.order(int(indexes[0])):
+            head = int(entries[0])
+            idle = mem.pages.refcount[head] == HPAGE_PMD_NR
+            if idle and not mem.pages.flags[head] & PG_locked:
+                filemap_remove_huge(mem, mapping, int(indexes[0]), head)
+            continue
+        shadows = entries == SHADOW
+        mapping.i_pages.store(indexes[shadows], 0)
+        indexes, pfns = indexes[~shadows], entries[~shadows]
+        filemap_release_pages(mem, pfns)
+        busy = np.uint32(PG_locked | PG_writeback | PG_dirty)
+        idle = (mem.pages.refcount[pfns] == 1) & (mem.pages.flags[pfns] & busy == 0)
+        filemap_remove_pages(mem, mapping, indexes[idle], pfns[idle])
