@@ -19,6 +19,7 @@ from pykhuge.mm.highmem import (
     machine_check,
 )
 from pykhuge.mm.huge_memory import OutOfMemory
+from pykhuge.mm.mm_types import File
 from pykhuge.process import PROT_EXEC, PROT_NONE, PROT_READ, PROT_WRITE, Advice, Process
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "BusError",
     "CollapseError",
     "DestinationFault",
+    "File",
     "KernelBug",
     "KernelPanic",
     "Machine",

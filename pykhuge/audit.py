@@ -350,17 +350,16 @@ def _see_cache(mem: Memory, mapping: AddressSpace, recount: Recount) -> int:
         values = value_slots(entries).tolist()
         recount.slots.update(values)
         slots += len(values)
-        pfns, indexes = entries[present], indexes[present]
+        pfns, places = entries[present], indexes[present]
         # The huge page of a collapse under way has one reference, the collapse's.
         settled = pages.flags[pfns] & np.uint32(PG_in_flight) == 0
         recount.references.append(pfns[settled])
-        if len(indexes) and mapping.i_pages.order(int(indexes[0])):
+        if len(places) and mapping.i_pages.order(int(places[0])):
             recount.cached.append(pfns[:1])
-            indexes = indexes[:1]
-            pfns, settled = pfns[:1], settled[:1]
+            pfns, places, settled = pfns[:1], places[:1], settled[:1]
         else:
             recount.cached.append(pfns[settled])
-        wrong = (pages.mapping[pfns] != mapping.key) | ((pages.index[pfns] != indexes) & settled)
+        wrong = (pages.mapping[pfns] != mapping.key) | ((pages.index[pfns] != places) & settled)
         recount.findings.extend(
             f"{name}: page {pfn:#x} is cached and does not know it" for pfn in pfns[wrong].tolist()
         )
@@ -446,7 +445,7 @@ def _check_cached(mem: Memory, recount: Recount, used: Pfns) -> None:
     cached = np.sort(np.concatenate([*recount.cached, used[:0]]))
     if not np.array_equal(cached, outside):
         odd = np.setxor1d(cached, outside).tolist()
-        recount.findings.append(f"pages {odd} are cached and do not say so, or the other way round")
+        recount.findings.append(f"pages {odd} are cached and do not say so, or not")
     frozen = own[flags & np.uint32(PG_frozen) != 0]
     collapsing = pages.mapping[np.array(list(mem.in_flight), np.int64)]
     recount.findings.extend(
@@ -468,8 +467,8 @@ def _compare(
         )
 
 
-# collapse_file leaves the small pages' counts on their own nodes, and the huge page is taken off its
-# node when it goes: with several nodes these are right in total only, as in the kernel.
+# collapse_file leaves the small pages' counts on their own nodes, and the huge page is taken off
+# its node when it goes: with several nodes these are right in total only, as in the kernel.
 _DRIFTING = (NR_FILE_PAGES, NR_SHMEM)
 
 

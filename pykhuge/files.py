@@ -153,7 +153,7 @@ class FileCalls:
         keep_size: bool = False,
         punch_hole: bool = False,
     ) -> Steps[None]:
-        """fallocate(2) of a shmem file: preallocate a range, or punch a hole (which keeps the size).
+        """fallocate(2) of a shmem file: preallocate a range, or punch a hole, which keeps the size.
 
         Raises: OSError EBADF, EINVAL, ENOSPC, EOPNOTSUPP for a file of the host; OutOfMemory.
         """

@@ -25,7 +25,7 @@ from pykhuge.khugepaged.madvise import madvise_collapse
 from pykhuge.mm import userfaultfd
 from pykhuge.mm.errors import BUS_MCEERR_AR, BusError, SegmentationFault, os_error
 from pykhuge.mm.fault import access_vma, find_vma, handle_mm_fault
-from pykhuge.mm.file_table import fput, get_file
+from pykhuge.mm.file_table import get_file, release_file
 from pykhuge.mm.gup import LockedPage, UserPages, follow_page, get_user_pages, lock_page
 from pykhuge.mm.migrate_device import migrate_to_device
 from pykhuge.mm.mm import (
@@ -58,6 +58,7 @@ from pykhuge.mm.mm_types import (
     MemCgroup,
     Mm,
     MmuNotifier,
+    ShmemInode,
     Userfaultfd,
     Vma,
 )
@@ -77,7 +78,7 @@ from pykhuge.mm.page_table import (
     swp_type,
 )
 from pykhuge.mm.rmap import pmd_of, set_pmd
-from pykhuge.mm.shmem import shmem_file_setup
+from pykhuge.mm.shmem import shmem_file_setup, shmem_undo_range
 from pykhuge.mm.vmscan import mark_page_lazyfree_range, pageout_range
 from pykhuge.mm.zap import zap_page_range
 
@@ -92,6 +93,7 @@ class Advice(enum.IntEnum):
 
     MADV_DONTNEED = 4
     MADV_FREE = 8
+    MADV_REMOVE = 9
     MADV_DONTFORK = 10
     MADV_DOFORK = 11
     MADV_HUGEPAGE = 14
@@ -259,12 +261,20 @@ class Process(FileCalls):
         size = length + PAGE_SIZE - 1 & -PAGE_SIZE
         reserve = VM_NORESERVE if noreserve else 0
         file = shmem_file_setup(self.mem, "dev/zero", size, reserve)
+        self.mem.held_files.append(file)
         try:
-            return (
-                yield from do_mmap(self.mem, self.mm, addr, length, flags, fixed=fixed, file=file)
+            where = yield from do_mmap(
+                self.mem, self.mm, addr, length, flags, fixed=fixed, file=file
             )
-        finally:
-            self.task.run(fput(self.mem, file))
+        except GeneratorExit:
+            # A plain call that would have to wait is given up: nobody else knows the file.
+            self.mem.sched.current.run(release_file(self.mem, file))
+            raise
+        except OSError:
+            yield from release_file(self.mem, file)
+            raise
+        yield from release_file(self.mem, file)
+        return where
 
     @steps
     def munmap(self, addr: int, length: int) -> Steps[None]:
@@ -339,6 +349,9 @@ class Process(FileCalls):
         if advice in (Advice.MADV_POPULATE_READ, Advice.MADV_POPULATE_WRITE):
             yield from self._populate(addr, end, write=advice is Advice.MADV_POPULATE_WRITE)
             return
+        if advice is Advice.MADV_REMOVE:
+            yield from self._remove(addr, end)
+            return
         mode = WRITE if advice in _FLAGS else READ
         yield Acquire(self.mm.mmap_lock, mode)
         try:
@@ -347,6 +360,22 @@ class Process(FileCalls):
             yield Release(self.mm.mmap_lock)
             raise
         yield Release(self.mm.mmap_lock)
+
+    def _remove(self, start: int, end: int) -> Steps[None]:
+        """Punch the range out of the shmem file that is mapped there (madvise_remove)."""
+        while start < end:
+            vma = find_vma(self.mm, start)
+            if vma is None or vma.vm_start > start:
+                raise os_error(errno.ENOMEM, f"nothing is mapped at {start:#x}")
+            wanted, inode = VM_SHARED | VM_WRITE, vma.vm_file and vma.vm_file.inode
+            if vma.vm_flags & VM_LOCKED or not isinstance(inode, ShmemInode):
+                raise os_error(errno.EINVAL, f"{vma}: allowed where shmem is mapped, not mlocked")
+            if vma.vm_flags & wanted != wanted:
+                raise os_error(errno.EACCES, f"{vma}: allowed where a mapping is shared, writable")
+            low = vma.linear_page_index(start) << PAGE_SHIFT
+            stop = min(end, vma.vm_end)
+            yield from shmem_undo_range(self.mem, inode, low, low + stop - start, even_cows=False)
+            start = stop
 
     def _populate(self, start: int, end: int, *, write: bool) -> Steps[None]:
         """Kernel: madvise_populate."""
@@ -359,13 +388,7 @@ class Process(FileCalls):
 
     def _advise(self, start: int, end: int, advice: Advice) -> Steps[None]:
         if advice in _FLAGS:
-            bits, cleared = _FLAGS[advice]
-            if advice is Advice.MADV_WIPEONFORK:
-                for mapped in vmas_in(self.mm, start, end):
-                    if mapped.vm_file is not None:
-                        raise os_error(errno.EINVAL, f"MADV_WIPEONFORK of a file at {mapped}")
-            change_flags(self.mem, self.mm, start, end, lambda vma: vma.vm_flags & ~cleared | bits)
-            check_mapped(self.mm, start, end)
+            self._advise_flags(start, end, advice)
             return
         # Looked up one by one: a collapse drops mmap_lock, and the VMAs may be others afterwards.
         # A gap counts if the walk meets it: what goes while a VMA is worked on is not missed.
@@ -381,14 +404,25 @@ class Process(FileCalls):
             if advice is Advice.MADV_COLLAPSE:
                 cc = CollapseControl(is_khugepaged=False, settings=self.settings)
                 yield from madvise_collapse(self.mem, vma, low, high, cc)
-            elif vma.vm_flags & VM_LOCKED:
-                raise os_error(errno.EINVAL, f"{advice.name} of mlocked memory at {low:#x}")
-            elif advice is Advice.MADV_FREE and vma.vm_file is not None:
-                raise os_error(errno.EINVAL, f"MADV_FREE of a file at {low:#x}")
             else:
-                _ON_PAGES[advice](self.mem, vma, low, high)
+                self._advise_pages(vma, low, high, advice)
         if gap is not None:
             raise os_error(errno.ENOMEM, f"nothing is mapped at {gap:#x}")
+
+    def _advise_flags(self, start: int, end: int, advice: Advice) -> None:
+        bits, cleared = _FLAGS[advice]
+        files = [vma for vma in vmas_in(self.mm, start, end) if vma.vm_file is not None]
+        if advice is Advice.MADV_WIPEONFORK and files:
+            raise os_error(errno.EINVAL, f"MADV_WIPEONFORK of a file at {files[0]}")
+        change_flags(self.mem, self.mm, start, end, lambda vma: vma.vm_flags & ~cleared | bits)
+        check_mapped(self.mm, start, end)
+
+    def _advise_pages(self, vma: Vma, low: int, high: int, advice: Advice) -> None:
+        if vma.vm_flags & VM_LOCKED:
+            raise os_error(errno.EINVAL, f"{advice.name} of mlocked memory at {low:#x}")
+        if advice is Advice.MADV_FREE and vma.vm_file is not None:
+            raise os_error(errno.EINVAL, f"MADV_FREE of a file at {low:#x}")
+        _ON_PAGES[advice](self.mem, vma, low, high)
 
     @steps
     def fork(self, comm: str | None = None) -> Steps[Process]:

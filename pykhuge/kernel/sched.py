@@ -1,9 +1,9 @@
 """Tasks and their steps: where one task may lose the CPU to another.
 
 What the kernel does with locks dropped and retaken is a generator here. It yields a `Step` wherever
-another task could run: a lock awaited (`Acquire`), a lock dropped (`Release`), something else awaited (`Until`),
-or a named place (`Preempt`). `Task.run` drives it to the end; `Task.step` goes to the next yield,
-so that a test or a scheduler can put other tasks in between.
+another task could run: a lock awaited (`Acquire`), a lock dropped (`Release`), something else
+awaited (`Until`), or a named place (`Preempt`). `Task.run` drives it to the end; `Task.step` goes
+to the next yield, so that a test or a scheduler can put other tasks in between.
 
 A function made with `@steps` is called plainly, or with `.steps` for its generator:
 

@@ -1,4 +1,4 @@
-"""Collapsing file-backed memory: the page cache's 512 entries of a block become one (collapse_file).
+"""Collapsing file-backed memory: 512 entries of a page cache become one (collapse_file).
 
 The small pages are unmapped, frozen and taken out of the cache one by one, with the new huge page,
 locked and not up to date, in their place: whoever looks a page up meanwhile waits for it. They are
@@ -87,7 +87,7 @@ class FileCollapse:
 
     @property
     def slots(self) -> Pfns:
-        """The 512 entries of the cache. Made by create_range, they stay while the collapse lasts."""
+        """The 512 entries of the cache, made if they are not there."""
         return self.mapping.i_pages.create_range(self.start)
 
 
@@ -318,7 +318,7 @@ def _nr_thps_dec(c: FileCollapse) -> None:
 
 
 def _copy(c: FileCollapse) -> tuple[ScanResult, int]:
-    """Copy the pages, clear the holes, in the order of their indexes, up to the first poisoned line.
+    """Copy the pages and clear the holes in order, up to the first poisoned line.
 
     Before the series everything was accounted first, and each page freed behind its copy.
     Returns: the result, and the index of the page that stopped it, or the end.
@@ -361,7 +361,7 @@ def _account(c: FileCollapse) -> None:
 
 
 def _complete(c: FileCollapse) -> None:
-    """The huge page is up to date, dirty if it is shmem's, referred to by the cache, on its list."""
+    """The huge page is up to date, dirty if it is shmem's, the cache's own, and on its list."""
     mem = c.mem
     del mem.in_flight[c.hpage]
     dirty = PG_dirty if c.shmem is not None else 0

@@ -1,4 +1,4 @@
-"""Deciding whether a block is worth collapsing, and collapsing it (hpage_collapse_scan_pmd, _file)."""
+"""Deciding whether a block is worth collapsing, and collapsing it."""
 
 from __future__ import annotations
 

@@ -190,13 +190,7 @@ def access_vma(mm: Mm, addr: int, *, write: bool) -> Vma:
 
 def _fault_block(mem: Memory, vma: Vma, start: int, end: int, write: bool) -> None:
     """Fault in [start, end), which lies in one block and one VMA. Locks: mmap_lock."""
-    pmd = pmd_of(mem, vma.mm, start)
-    if vma.vm_file is not None:
-        if _file_pmd_fault(mem, vma, start, pmd, write):
-            return
-    elif (not pmd and _do_huge_pmd_anonymous_page(mem, vma, start, write)) or (
-        pmd and pmd_trans_huge(pmd) and _do_huge_pmd_fault(mem, vma, start, pmd, write)
-    ):
+    if _pmd_fault(mem, vma, start, write):
         return
     table = pte_table(mem, vma.mm, start)
     first = pte_index(start)
@@ -227,10 +221,15 @@ def _fault_block(mem: Memory, vma: Vma, start: int, end: int, write: bool) -> No
         mem.vmstat.count(PGFAULT, nr)
 
 
-def _file_pmd_fault(mem: Memory, vma: Vma, addr: int, pmd: int | None, write: bool) -> bool:
-    """A fault where a huge page of a file is, or could be, mapped. False: go on with PTEs."""
+def _pmd_fault(mem: Memory, vma: Vma, addr: int, write: bool) -> bool:
+    """A fault where a huge page is, or could be, mapped. False: go on with PTEs."""
+    pmd = pmd_of(mem, vma.mm, addr)
     if pmd and not pmd_trans_huge(pmd):
         return False
+    if vma.vm_file is None:
+        if pmd:
+            return _do_huge_pmd_fault(mem, vma, addr, pmd, write)
+        return _do_huge_pmd_anonymous_page(mem, vma, addr, write)
     if pmd:
         if not write or pmd & PAGE_RW:
             return True

@@ -52,7 +52,7 @@ FAULT_AROUND_PAGES = 16
 
 
 def _vm_page_prot(vma: Vma) -> int:
-    """vm_page_prot: writable for shared shmem; a shared regular file must notice its first write."""
+    """vm_page_prot: writable for shared shmem; a disk file must notice its first write."""
     assert vma.vm_file is not None
     shared = vma.vm_flags & (VM_SHARED | VM_WRITE) == VM_SHARED | VM_WRITE
     writable = shared and isinstance(vma.vm_file.inode, ShmemInode)

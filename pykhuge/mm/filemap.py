@@ -1,4 +1,4 @@
-"""The page cache of a file: what goes in, what is found, what is truncated (mm/filemap.c, truncate.c).
+"""The page cache of a file: what goes in, is found, is truncated (mm/filemap.c, mm/truncate.c).
 
 A cached page has one reference from the cache (a huge page 512), names its AddressSpace in
 page->mapping, and counts in NR_FILE_PAGES, shmem pages in NR_SHMEM too. A page that is locked is
@@ -7,8 +7,6 @@ collapse is under way, its new huge page stands locked, and not up to date, in a
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 
@@ -205,68 +203,56 @@ def split_huge_file_page(mem: Memory, mapping: AddressSpace, head: int) -> bool:
 
 
 def truncate_pages(
-    mem: Memory,
-    mapping: AddressSpace,
-    first: int,
-    last: int,
-    *,
-    even_cows: bool,
-    swapped: Callable[[int], None] = lambda nr: None,
+    mem: Memory, mapping: AddressSpace, first: int, last: int, *, even_cows: bool
 ) -> Steps[None]:
-    """Pages [first, last) of a file leave every page table and the cache.
+    """Pages [first, last) of a file leave every page table and the cache; values go too.
 
-    Waits for pages that are locked or under writeback. Values go too.
+    Waits for pages that are locked or under writeback.
 
     Args:
         even_cows: private copies of the pages go as well (truncation, not hole punching).
-        swapped: told how many swap slots have been given up.
     Kernel: truncate_inode_pages_range, shmem_undo_range.
     """
     yield Acquire(mapping.i_mmap_rwsem, READ)
     unmap_mapping_range(mem, mapping, first, last, even_cows=even_cows)
     yield Release(mapping.i_mmap_rwsem)
-    while (busy := _remove_range(mem, mapping, first, last, swapped)) is not None:
+    while (busy := _remove_range(mem, mapping, first, last)) is not None:
         yield from wait_on_page(mem, busy)
 
 
-def _remove_range(
-    mem: Memory, mapping: AddressSpace, first: int, last: int, swapped: Callable[[int], None]
-) -> int | None:
+def _remove_range(mem: Memory, mapping: AddressSpace, first: int, last: int) -> int | None:
     """Remove what is not locked; returns a page that is."""
     busy: int | None = None
     for indexes, entries in mapping.i_pages.entries(first, last):
-        index = int(indexes[0])
-        if mapping.i_pages.order(index) and len(indexes) == HPAGE_PMD_NR:
-            head = int(entries[0])
-            if mem.pages.flags[head] & PG_locked:
-                busy = head
-                continue
-            # Somebody may have mapped it again meanwhile (truncate_cleanup_folio).
-            unmap_mapping_range(mem, mapping, index, index + HPAGE_PMD_NR, even_cows=False)
-            filemap_remove_huge(mem, mapping, index, head)
-            continue
-        if mapping.i_pages.order(index):
-            head = int(entries[0])
-            if mem.pages.flags[head] & PG_locked or not split_huge_file_page(mem, mapping, head):
-                # Kept whole, zeroed where the pages would have gone (truncate_inode_partial_folio).
-                if mem.pages.flags[head] & PG_locked:
-                    busy = head
-                else:
-                    mem.ram.pages[head + indexes % HPAGE_PMD_NR] = 0
-                continue
-            entries = mapping.i_pages.node(index)[indexes % HPAGE_PMD_NR]
-            indexes, entries = indexes[entries != 0], entries[entries != 0]
-        busy = _remove_small(mem, mapping, indexes, entries, swapped) or busy
+        if mapping.i_pages.order(int(indexes[0])):
+            busy = _remove_huge(mem, mapping, indexes, int(entries[0])) or busy
+        else:
+            busy = _remove_small(mem, mapping, indexes, entries) or busy
     return busy
 
 
-def _remove_small(
-    mem: Memory,
-    mapping: AddressSpace,
-    indexes: Pfns,
-    entries: Pfns,
-    swapped: Callable[[int], None],
-) -> int | None:
+def _remove_huge(mem: Memory, mapping: AddressSpace, indexes: Pfns, head: int) -> int | None:
+    """Remove a huge page, or some of its pages after splitting it; returns it if it is locked.
+
+    One that cannot be split is zeroed where the pages would have gone.
+    Kernel: truncate_inode_partial_folio.
+    """
+    index = int(indexes[0])
+    if mem.pages.flags[head] & PG_locked:
+        return head
+    if len(indexes) == HPAGE_PMD_NR:
+        # Somebody may have mapped it again meanwhile (truncate_cleanup_folio).
+        unmap_mapping_range(mem, mapping, index, index + HPAGE_PMD_NR, even_cows=False)
+        filemap_remove_huge(mem, mapping, index, head)
+    elif split_huge_file_page(mem, mapping, head):
+        pfns = mapping.i_pages.node(index)[indexes % HPAGE_PMD_NR]
+        _remove_small(mem, mapping, indexes[pfns != 0], pfns[pfns != 0])
+    else:
+        mem.ram.pages[head + indexes % HPAGE_PMD_NR] = 0
+    return None
+
+
+def _remove_small(mem: Memory, mapping: AddressSpace, indexes: Pfns, entries: Pfns) -> int | None:
     values = entries < 0
     if values.any():
         mapping.i_pages.store(indexes[values], 0)
@@ -274,7 +260,8 @@ def _remove_small(
         for slot in slots:
             mem.swap.shmem.discard(slot)
             swap_free(mem, slot)
-        swapped(len(slots))
+        if isinstance(mapping.host, ShmemInode):
+            mapping.host.swapped -= len(slots)
     indexes, pfns = indexes[~values], entries[~values]
     locked = mem.pages.flags[pfns] & U_LOCKED != 0
     free, freed = indexes[~locked], pfns[~locked]
@@ -303,18 +290,23 @@ def zero_partial_page(mem: Memory, mapping: AddressSpace, start: int, end: int) 
 
 
 def drop_cache(mem: Memory, mapping: AddressSpace) -> None:
-    """invalidate_mapping_pages(): clean pages that nobody uses leave the cache of a regular file."""
+    """invalidate_mapping_pages(): clean pages that nobody uses leave a disk file's cache."""
     for indexes, entries in mapping.i_pages.entries(0, 1 << 52):
-        if mapping.i_pages.order(int(indexes[0])):
-            head = int(entries[0])
-            idle = mem.pages.refcount[head] == HPAGE_PMD_NR
-            if idle and not mem.pages.flags[head] & PG_locked:
-                filemap_remove_huge(mem, mapping, int(indexes[0]), head)
+        if not mapping.i_pages.order(int(indexes[0])):
+            _drop_small(mem, mapping, indexes, entries)
             continue
-        shadows = entries == SHADOW
-        mapping.i_pages.store(indexes[shadows], 0)
-        indexes, pfns = indexes[~shadows], entries[~shadows]
-        filemap_release_pages(mem, pfns)
-        busy = np.uint32(PG_locked | PG_writeback | PG_dirty)
-        idle = (mem.pages.refcount[pfns] == 1) & (mem.pages.flags[pfns] & busy == 0)
-        filemap_remove_pages(mem, mapping, indexes[idle], pfns[idle])
+        head = int(entries[0])
+        idle = mem.pages.refcount[head] == HPAGE_PMD_NR
+        if idle and not mem.pages.flags[head] & PG_locked:
+            filemap_remove_huge(mem, mapping, int(indexes[0]), head)
+
+
+def _drop_small(mem: Memory, mapping: AddressSpace, indexes: Pfns, entries: Pfns) -> None:
+    shadows = entries == SHADOW
+    mapping.i_pages.store(indexes[shadows], 0)
+    indexes, pfns = indexes[~shadows], entries[~shadows]
+    busy = np.uint32(PG_locked | PG_writeback | PG_dirty)
+    idle = mem.pages.flags[pfns] & busy == 0
+    filemap_release_pages(mem, pfns[idle])
+    idle &= mem.pages.refcount[pfns] == 1
+    filemap_remove_pages(mem, mapping, indexes[idle], pfns[idle])

@@ -1,4 +1,4 @@
-"""read() and write() of files, by way of the page cache (fs/read_write.c, mm/filemap.c, mm/shmem.c)."""
+"""read() and write() of files, by way of the page cache (fs/read_write.c)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files on a disk: the bytes of actual files of the host, by way of the page cache (fs/, mm/readahead.c).
+"""Files on a disk: actual files of the host, by way of the page cache (fs/, mm/readahead.c).
 
 A page is read from the host's file when somebody needs it, and written back there, if the file was
 opened for writing, by `filemap_flush` and `fsync`. The file system knows nothing of huge pages

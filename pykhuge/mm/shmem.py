@@ -82,6 +82,11 @@ class Sgp(enum.IntEnum):
     SGP_FALLOC = 4  # allocate, contents to be written later
 
 
+def _pages_in(size: int) -> int:
+    """VM_ACCT(): pages that `size` bytes take."""
+    return -(-size // PAGE_SIZE)
+
+
 def shmem_acct(mem: Memory, nr: int) -> bool:
     """security_vm_enough_memory(): commit `nr` pages, all or none."""
     if mem.commit_limit is not None and mem.vm_committed_as + nr > mem.commit_limit:
@@ -155,9 +160,8 @@ def shmem_uncharge(mem: Memory, inode: ShmemInode, nr: int) -> None:
 def shmem_new_inode(
     mem: Memory, sb: ShmemSuperBlock, name: str, *, size: int = 0, flags: int = VM_NORESERVE
 ) -> ShmemInode:
-    """A new file of `size` bytes without pages. Raises: OSError ENOMEM if it cannot be committed."""
-    nr = -(-size // PAGE_SIZE)
-    if not flags & VM_NORESERVE and not shmem_acct(mem, nr):
+    """A new file of `size` bytes without pages. Raises: OSError ENOMEM if that is too much."""
+    if not flags & VM_NORESERVE and not shmem_acct(mem, _pages_in(size)):
         raise os_error(errno.ENOMEM, f"size={size:#x}: allowed what commit_limit leaves")
     inode = ShmemInode(name, size, i_sb=sb, flags=flags & VM_NORESERVE)
     mem.new_address_space(inode)
@@ -196,14 +200,8 @@ def shmem_get_folio(
     entry = inode.i_mapping.i_pages.load(index)
     if entry < 0:
         return _swapin_folio(mem, inode, index, entry, memcg, nid, major=vma is not None)
-    if entry > 0:
-        if mem.pages.flags[entry] & PG_locked:
-            raise PageLocked(entry)
-        if mem.pages.flags[entry] & PG_uptodate:
-            return file_page(mem, entry, index)
-        if sgp is not Sgp.SGP_READ:
-            _clear(mem, np.array([entry]))
-            return entry
+    if entry > 0 and (page := _cached_page(mem, entry, index, sgp)) is not None:
+        return page
     if sgp is Sgp.SGP_READ:
         return None
     if sgp is Sgp.SGP_NOALLOC:
@@ -218,6 +216,18 @@ def shmem_get_folio(
         mem, inode, index, 1, memcg=memcg, nid=nid, uptodate=sgp is not Sgp.SGP_FALLOC
     )
     return int(pfns[0])
+
+
+def _cached_page(mem: Memory, entry: int, index: int, sgp: Sgp) -> int | None:
+    """The page behind a cache entry; one that was only preallocated is a hole to readers."""
+    if mem.pages.flags[entry] & PG_locked:
+        raise PageLocked(entry)
+    if mem.pages.flags[entry] & PG_uptodate:
+        return file_page(mem, entry, index)
+    if sgp is Sgp.SGP_READ:
+        return None
+    _clear(mem, np.array([entry]))
+    return entry
 
 
 def shmem_add_pages(
@@ -355,7 +365,7 @@ def shmem_truncate(mem: Memory, inode: ShmemInode, size: int) -> Steps[None]:
     Raises: OSError ENOMEM if growth cannot be committed. Kernel: shmem_setattr.
     """
     old = inode.i_size
-    nr = -(-size // PAGE_SIZE) - -(-old // PAGE_SIZE)
+    nr = _pages_in(size) - _pages_in(old)
     if not inode.flags & VM_NORESERVE:
         if nr > 0 and not shmem_acct(mem, nr):
             raise os_error(errno.ENOMEM, f"size={size:#x}: allowed what commit_limit leaves")
@@ -383,19 +393,8 @@ def shmem_undo_range(
     if first < last:
         if first < inode.fallocend <= last:
             inode.fallocend = first
-        yield from truncate_pages(
-            mem,
-            inode.i_mapping,
-            first,
-            last,
-            even_cows=even_cows,
-            swapped=lambda nr: _forget_swapped(inode, nr),
-        )
+        yield from truncate_pages(mem, inode.i_mapping, first, last, even_cows=even_cows)
     shmem_recalc_inode(mem, inode)
-
-
-def _forget_swapped(inode: ShmemInode, nr: int) -> None:
-    inode.swapped -= nr
 
 
 def _zero(mem: Memory, inode: ShmemInode, start: int, end: int) -> Steps[None]:
@@ -470,6 +469,6 @@ def shmem_evict_inode(mem: Memory, inode: ShmemInode) -> Steps[None]:
     """The last user of a file without a name is gone: all its pages are freed."""
     yield from shmem_undo_range(mem, inode, 0, None, even_cows=True)
     if not inode.flags & VM_NORESERVE:
-        _commit(mem, -(-(-inode.i_size // PAGE_SIZE)))
+        _commit(mem, -_pages_in(inode.i_size))
     mem.inodes.remove(inode)
     mem.mappings.pop(inode.i_mapping.key)
