@@ -242,7 +242,7 @@ def map_file_pages(
     if protected.any():
         words[protected] = words[protected] & ~np.uint64(PAGE_RW) | np.uint64(PAGE_UFFD_WP)
     page_add_file_rmap(mem, pfns, vma)
-    np.add.at(mem.pages.refcount, compound_head(mem.pages, pfns), 1)
+    mem.pages.add_refs(pfns, +1)
     mod_mm_pages(mem, vma.mm, pfns, +1)
     ptes[places] = words
 

@@ -628,8 +628,7 @@ def _copy_pte_range(mem: Memory, vma: Vma, copy: Vma, low: int, high: int) -> No
     if vma.mm.flags & MMF_HAS_PINNED:
         shared = _copy_pinned(mem, copy, low, source, target, shared)
     pfns = pte_pfns(source[shared])
-    heads = np.where(pages.flags[pfns] & np.uint32(PG_tail), pfns & -HPAGE_PMD_NR, pfns)
-    np.add.at(pages.refcount, heads, 1)
+    pages.add_refs(pfns, +1)
     pages.mapcount[pfns] += 1
     pages.flags[pfns] &= np.uint32(~PG_anon_exclusive & 0xFFFFFFFF)
     source[shared] &= np.uint64(~PAGE_RW & (1 << 64) - 1)

@@ -111,6 +111,13 @@ class Pages:
         self.memcg = cast("npt.NDArray[np.int16]", field(np.int16))
         self.lru_seq = cast("npt.NDArray[np.int64]", field(np.int64))
 
+    def add_refs(self, pfns: Pfns, delta: int) -> None:
+        """page_ref_add() of each of `pfns` (int64[n], distinct); subpages mean their head."""
+        if np.bitwise_or.reduce(self.flags[pfns]) & (PG_head | PG_tail):
+            np.add.at(self.refcount, compound_head(self, pfns), delta)
+        else:
+            self.refcount[pfns] += delta
+
     def is_compound(self, pfn: int) -> bool:
         """PageCompound(): head or tail."""
         return bool(self.flags[pfn] & (PG_head | PG_tail))

@@ -13,7 +13,9 @@ from pykhuge.mm.page import (
     Pfns,
     PG_anon,
     PG_dirty,
+    PG_head,
     PG_swapbacked,
+    PG_tail,
     PG_writeback,
     compound_head,
 )
@@ -21,15 +23,18 @@ from pykhuge.mm.vmstat import NR_FILE_DIRTY, NR_WRITEBACK
 
 __all__ = ["clear_page_dirty", "finish_io", "set_page_dirty", "start_page_writeback"]
 
+U_COMPOUND = np.uint32(PG_head | PG_tail)
 U_DIRTY = np.uint32(PG_dirty)
 U_CLEAN = np.uint32(~PG_dirty & 0xFFFFFFFF)
 U_UNCOUNTED = np.uint32(PG_anon | PG_swapbacked | PG_dirty)
 
 
 def set_page_dirty(mem: Memory, pfns: Pfns) -> None:
-    """folio_mark_dirty() of each page. pfns: int64[n], any mix; subpages mean their head."""
-    heads = np.unique(compound_head(mem.pages, pfns))
-    flags = mem.pages.flags[heads]
+    """folio_mark_dirty() of each page. pfns: int64[n], distinct; subpages mean their head."""
+    heads, flags = pfns, mem.pages.flags[pfns]
+    if np.bitwise_or.reduce(flags) & U_COMPOUND:
+        heads = np.unique(compound_head(mem.pages, pfns))
+        flags = mem.pages.flags[heads]
     mem.pages.flags[heads] = flags | U_DIRTY
     newly = heads[flags & U_UNCOUNTED == 0]
     if len(newly):

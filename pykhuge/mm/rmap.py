@@ -89,6 +89,7 @@ __all__ = [
     "unlink_anon_vmas",
 ]
 
+U_KIND = np.uint32(PG_anon | PG_swapbacked)
 U_ANON = np.uint32(PG_anon)
 U_COMPOUND = np.uint32(PG_head | PG_tail)
 MARKER_UFFD_WP = make_swap_pte(SWP_PTE_MARKER, PTE_MARKER_UFFD_WP)
@@ -242,9 +243,16 @@ def mm_counter(flags: int) -> int:
 
 def mod_mm_pages(mem: Memory, mm: Mm, pfns: Pfns, sign: int) -> None:
     """Count mapped pages (int64[n], base pages or subpages) in the mm's MM_* counters."""
-    flags = mem.pages.flags[compound_head(mem.pages, pfns)] & np.uint32(PG_anon | PG_swapbacked)
-    for kind in set(flags.tolist()):
-        mem.mod_mm(mm, mm_counter(kind), sign * int(np.count_nonzero(flags == kind)))
+    flags = mem.pages.flags[pfns]
+    if np.bitwise_or.reduce(flags) & U_COMPOUND:
+        flags = mem.pages.flags[compound_head(mem.pages, pfns)]
+    kinds = flags & U_KIND
+    if np.count_nonzero(kinds != kinds[:1]) == 0:
+        if len(pfns):
+            mem.mod_mm(mm, mm_counter(int(kinds[0])), sign * len(pfns))
+        return
+    for kind in set(kinds.tolist()):
+        mem.mod_mm(mm, mm_counter(kind), sign * int(np.count_nonzero(kinds == kind)))
 
 
 def _mod_mapped(mem: Memory, pfns: Pfns, sign: int) -> None:
@@ -265,9 +273,10 @@ def _mod_mapped(mem: Memory, pfns: Pfns, sign: int) -> None:
 def page_add_file_rmap(mem: Memory, pfns: Pfns, vma: Vma) -> None:
     """One more PTE maps each of `pfns` (int64[n], distinct; pages of one page cache)."""
     pages = mem.pages
-    heads = compound_head(pages, pfns)
-    by_pmd = (pages.entire_mapcount[heads] > 0) & (pages.flags[pfns] & U_COMPOUND != 0)
-    _mod_mapped(mem, pfns[(pages.mapcount[pfns] == 0) & ~by_pmd], +1)
+    newly = pages.mapcount[pfns] == 0
+    if np.bitwise_or.reduce(pages.flags[pfns]) & U_COMPOUND:
+        newly &= pages.entire_mapcount[compound_head(pages, pfns)] == 0
+    _mod_mapped(mem, pfns[newly], +1)
     pages.mapcount[pfns] += 1
     if vma.vm_flags & VM_LOCKED:
         for pfn in pfns[~pages_compound(mem, pfns)].tolist():
@@ -423,7 +432,7 @@ def _unmap_ptes(mem: Memory, vma: Vma, ptes: Ptes, pages: Pfns) -> None:
     ptes[mapped] = 0
     drop_file_ptes(mem, vma, words, pfns)
     leave_markers(vma, ptes, mapped, words)
-    np.subtract.at(mem.pages.refcount, compound_head(mem.pages, pfns), 1)
+    mem.pages.add_refs(pfns, -1)
 
 
 def drop_file_ptes(mem: Memory, vma: Vma, words: Ptes, pfns: Pfns) -> None:
