@@ -1,4 +1,4 @@
-"""Address spaces: mmap, munmap, mprotect, mremap, mlock, fork, exit (mm/mmap.c, kernel/fork.c).
+"""Address spaces: mmap, munmap, mlock, exit (mm/mmap.c).
 
 Each call is steps: it takes mmap_lock for write, changes the VMAs and the page tables below them,
 and drops it. Arguments are checked before the lock is taken.
@@ -10,95 +10,56 @@ import errno
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
-from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
+from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.kernel.locking import WRITE
 from pykhuge.kernel.sched import Acquire, Release, Steps
-from pykhuge.mm.copy_mc import copy_mc_page
 from pykhuge.mm.errors import os_error
-from pykhuge.mm.fault import find_vma
 from pykhuge.mm.file_table import link_file_vma, release_file, unlink_file_vma
 from pykhuge.mm.huge_memory import (
-    OutOfMemory,
-    alloc_page_table,
     free_page_table,
-    pgtable_trans_huge_deposit,
-    pgtable_trans_huge_withdraw,
     split_huge_pmd,
 )
 from pykhuge.mm.mm_types import (
-    MMF_DISABLE_THP,
-    MMF_HAS_PINNED,
-    VM_DONTCOPY,
-    VM_LOCKED,
     VM_SHARED,
-    VM_UFFD_FLAGS,
-    VM_WIPEONFORK,
     VM_WRITE,
     File,
     Mm,
-    ShmemInode,
     Vma,
 )
 from pykhuge.mm.mmzone import Memory
-from pykhuge.mm.new_pages import pmd_table, pte_table
-from pykhuge.mm.page import Pfns, PG_anon_exclusive, PG_head, PG_tail
-from pykhuge.mm.page_alloc import alloc_pages, charge
+from pykhuge.mm.page import PG_head, PG_tail
 from pykhuge.mm.page_table import (
-    PAGE_ACCESSED,
-    PAGE_DIRTY,
-    PAGE_PRESENT,
-    PAGE_RW,
-    PAGE_SWP_EXCLUSIVE,
-    PAGE_SWP_UFFD_WP,
-    PAGE_UFFD_WP,
-    PAGE_USER,
     PUD_SHIFT,
-    SWP_PTE_MARKER,
-    SWP_TYPE_SHIFT,
     U_PRESENT,
-    Ptes,
     each_block,
-    is_swap_ptes,
     pmd_trans_huge,
-    pte_index,
     pte_pfn,
     pte_pfns,
 )
 from pykhuge.mm.rmap import (
-    MARKER_UFFD_WP,
     anon_vma_clone,
-    anon_vma_new,
     mlock_page,
-    mod_mm_pages,
     munlock_pages,
-    page_add_new_anon_rmap,
     pmd_of,
     ptes_of,
     set_pmd,
     unlink_anon_vmas,
 )
-from pykhuge.mm.swap import lru_add_drain, lru_cache_add, put_pages
-from pykhuge.mm.swap_state import swap_duplicate
-from pykhuge.mm.vmstat import MM_ANONPAGES, MM_SWAPENTS
-from pykhuge.mm.zap import swap_slots, zap_page_range
+from pykhuge.mm.swap import lru_add_drain
+from pykhuge.mm.zap import zap_page_range
 
 __all__ = [
     "TASK_SIZE",
     "change_flags",
     "do_mmap",
-    "do_mprotect",
-    "do_mremap",
     "do_munmap",
-    "dup_mmap",
     "exit_mmap",
     "free_pgtables",
     "vmas_in",
 ]
 
 TASK_SIZE = 1 << 47
-SWAP_FLAGS = np.uint64(PAGE_SWP_UFFD_WP)
 
 
 def check_range(addr: int, length: int) -> int:
@@ -148,7 +109,7 @@ def do_mmap(
     yield Acquire(mm.mmap_lock, WRITE)
     replaced: list[File] = []
     if fixed and addr is not None:
-        replaced = _unmap(mem, mm, addr, addr + length)
+        replaced = unmap_range(mem, mm, addr, addr + length)
     elif addr is None or vmas_in(mm, addr, addr + length):
         addr = _unmapped_area(mm, length, pgoff)
         if addr + length > TASK_SIZE:
@@ -157,14 +118,14 @@ def do_mmap(
     if file is None:
         pgoff = addr >> PAGE_SHIFT
     vma = Vma(mm, addr, addr + length, vm_flags, pgoff, vm_file=file)
-    _insert(mm, vma)
-    _merge(mem, mm, vma)
+    insert_vma(mm, vma)
+    vma_merge(mem, mm, vma)
     yield Release(mm.mmap_lock)
-    yield from _release_files(mem, replaced)
+    yield from release_files(mem, replaced)
     return addr
 
 
-def _release_files(mem: Memory, files: list[File]) -> Steps[None]:
+def release_files(mem: Memory, files: list[File]) -> Steps[None]:
     for file in files:
         yield from release_file(mem, file)
 
@@ -190,7 +151,7 @@ def _unmapped_area(mm: Mm, length: int, pgoff: int) -> int:
     return addr
 
 
-def _insert(mm: Mm, vma: Vma) -> None:
+def insert_vma(mm: Mm, vma: Vma) -> None:
     link_file_vma(vma)
     mm.vmas.append(vma)
     mm.vmas.sort(key=lambda each: each.vm_start)
@@ -203,7 +164,7 @@ def _split(mm: Mm, vma: Vma, addr: int) -> Vma:
     upper.anon_vma = vma.anon_vma
     anon_vma_clone(upper, vma)
     vma.vm_end = addr
-    _insert(mm, upper)
+    insert_vma(mm, upper)
     return upper
 
 
@@ -224,7 +185,7 @@ def isolate_vmas(mem: Memory, mm: Mm, start: int, end: int) -> list[Vma]:
     return vmas_in(mm, start, end)
 
 
-def _merge(mem: Memory, mm: Mm, vma: Vma) -> None:
+def vma_merge(mem: Memory, mm: Mm, vma: Vma) -> None:
     """vma_merge(): join `vma` with neighbours it cannot be told from."""
     place = mm.vmas.index(vma)
     for lower, upper in ((place, place + 1), (place - 1, place)):
@@ -264,12 +225,12 @@ def do_munmap(mem: Memory, mm: Mm, addr: int, length: int) -> Steps[None]:
     """Unmap [addr, addr + length)."""
     end = check_range(addr, length)
     yield Acquire(mm.mmap_lock, WRITE)
-    files = _unmap(mem, mm, addr, end)
+    files = unmap_range(mem, mm, addr, end)
     yield Release(mm.mmap_lock)
-    yield from _release_files(mem, files)
+    yield from release_files(mem, files)
 
 
-def _unmap(mem: Memory, mm: Mm, start: int, end: int) -> list[File]:
+def unmap_range(mem: Memory, mm: Mm, start: int, end: int) -> list[File]:
     """Unmap a range; returns the files of its VMAs, to be put once mmap_lock is dropped."""
     files: list[File] = []
     for vma in isolate_vmas(mem, mm, start, end):
@@ -304,7 +265,7 @@ def change_flags(
         vma.vm_flags = change(vma)
     for vma in vmas_in(mm, start, end):
         if vma in mm.vmas:
-            _merge(mem, mm, vma)
+            vma_merge(mem, mm, vma)
     return vmas_in(mm, start, end)
 
 
@@ -326,192 +287,6 @@ def check_whole(stop: int, end: int) -> None:
 def check_mapped(mm: Mm, start: int, end: int) -> None:
     """Raises: OSError ENOMEM if [start, end) has a gap."""
     check_whole(mapped_up_to(mm, start, end), end)
-
-
-def do_mprotect(mem: Memory, mm: Mm, addr: int, length: int, prot: int) -> Steps[None]:
-    """Change VM_READ, VM_WRITE, VM_EXEC of [addr, addr + length) to `prot`.
-
-    Raises: OSError ENOMEM at the first gap; what lies below it is changed, as in the kernel.
-    """
-    if length == 0 and addr % PAGE_SIZE == 0:
-        return
-    end = check_range(addr, length)
-    yield Acquire(mm.mmap_lock, WRITE)
-    stop = mapped_up_to(mm, addr, end)
-    denied = _first_denied(mm, addr, stop, prot)
-    if denied is not None:
-        stop = max(addr, denied.vm_start)
-    changed: list[tuple[int, int]] = []
-
-    def change(vma: Vma) -> int:
-        flags = vma.vm_flags & ~0x7 | prot
-        if flags != vma.vm_flags:
-            changed.append((vma.vm_start, vma.vm_end))
-        return flags
-
-    change_flags(mem, mm, addr, stop, change)
-    for low, high in changed:
-        if prot & VM_WRITE:
-            mkwrite_range(mem, mm, low, high)
-        else:
-            wrprotect_range(mem, mm, low, high)
-    yield Release(mm.mmap_lock)
-    if denied is not None:
-        raise os_error(errno.EACCES, f"the file mapped at {denied} is not open for writing")
-    check_whole(stop, end)
-
-
-def _first_denied(mm: Mm, start: int, end: int, prot: int) -> Vma | None:
-    """The first VMA whose file does not allow `prot` (VM_MAYWRITE is not set)."""
-    for vma in vmas_in(mm, start, end) if prot & VM_WRITE else []:
-        if vma.vm_flags & VM_SHARED and vma.vm_file is not None and not vma.vm_file.writable:
-            return vma
-    return None
-
-
-def wrprotect_range(mem: Memory, mm: Mm, start: int, end: int, bits: int = 0) -> None:
-    """Take PAGE_RW away from all entries of [start, end), and add `bits` (PAGE_UFFD_WP)."""
-    keep = np.uint64(~PAGE_RW & (1 << 64) - 1)
-    for low, high in each_block(start, end):
-        pmd = pmd_of(mem, mm, low)
-        vma = find_vma(mm, low)
-        watched_file = bool(bits) and vma is not None and vma.vm_file is not None
-        if pmd and pmd_trans_huge(pmd):
-            assert vma is not None
-            if high - low == HPAGE_PMD_SIZE and not watched_file:
-                set_pmd(mem, mm, low, pmd & ~PAGE_RW | bits)
-                continue
-            split_huge_pmd(mem, vma, low)
-        if watched_file:
-            pte_table(mem, mm, low)
-        if pmd_of(mem, mm, low):
-            ptes = ptes_of(mem, mm, low, high)
-            present, swapped = ptes & U_PRESENT != 0, is_swap_ptes(ptes)
-            if watched_file:
-                # Where no page is mapped, a marker remembers that it is protected.
-                ptes[ptes == 0] = MARKER_UFFD_WP
-            ptes[present] = ptes[present] & keep | np.uint64(bits)
-            if bits & PAGE_UFFD_WP:
-                ptes[swapped & (ptes >> np.uint64(SWP_TYPE_SHIFT) == 0)] |= SWAP_FLAGS
-
-
-def mkwrite_range(mem: Memory, mm: Mm, start: int, end: int) -> None:
-    """Make the entries of [start, end), which lies in a writable VMA, writable without a fault.
-
-    Only where the page is this mm's alone and userfaultfd does not protect it.
-    Kernel: can_change_pte_writable, can_change_pmd_writable (MM_CP_TRY_CHANGE_WRITABLE).
-    """
-    for low, high in each_block(start, end):
-        pmd, vma = pmd_of(mem, mm, low), find_vma(mm, low)
-        assert vma is not None
-        if pmd and pmd_trans_huge(pmd):
-            own_pmd = mem.pages.flags[pte_pfn(pmd)] & PG_anon_exclusive or vma.vm_flags & VM_SHARED
-            if own_pmd and not pmd & PAGE_UFFD_WP:
-                set_pmd(mem, mm, low, pmd | PAGE_RW)
-        elif pmd:
-            ptes = ptes_of(mem, mm, low, high)
-            places = np.flatnonzero(ptes & np.uint64(PAGE_PRESENT | PAGE_UFFD_WP) == U_PRESENT)
-            ptes[places[_own(mem, vma, ptes[places])]] |= np.uint64(PAGE_RW)
-
-
-def _own(mem: Memory, vma: Vma, ptes: Ptes) -> npt.NDArray[np.bool_]:
-    """Which present entries of a writable VMA may be written without a fault. Returns: bool[n]."""
-    if vma.vm_file is not None and vma.vm_flags & VM_SHARED:
-        if isinstance(vma.vm_file.inode, ShmemInode):
-            return np.ones(len(ptes), np.bool_)
-        # The file system must hear of the first write to a clean page.
-        dirty: npt.NDArray[np.bool_] = ptes & np.uint64(PAGE_DIRTY) != 0
-        return dirty
-    own: npt.NDArray[np.bool_] = mem.pages.flags[pte_pfns(ptes)] & np.uint32(PG_anon_exclusive) != 0
-    return own
-
-
-def do_mremap(mem: Memory, mm: Mm, old: int, length: int, new: int, new_length: int) -> Steps[int]:
-    """Move [old, old + length) to `new`, replacing what is there (MREMAP_MAYMOVE | MREMAP_FIXED).
-
-    What `new_length` cuts off is unmapped before the move, what it adds is empty. Whole page tables
-    move where both ends are 2 MiB aligned; elsewhere huge PMDs are split first, and their subpages
-    end up in foreign page tables.
-    Raises: OSError EINVAL, EFAULT; OutOfMemory: the range is back where it was, `new` is unmapped.
-    """
-    old_end, new_end = check_range(old, length), check_range(new, new_length)
-    if old < new_end and new < old_end:
-        raise os_error(
-            errno.EINVAL, f"[{old:#x}, {old_end:#x}) and [{new:#x}, {new_end:#x}) overlap"
-        )
-    yield Acquire(mm.mmap_lock, WRITE)
-    vma = find_vma(mm, old)
-    if vma is None or vma.vm_start > old or vma.vm_end < old_end:
-        yield Release(mm.mmap_lock)
-        raise os_error(errno.EFAULT, f"[{old:#x}, {old_end:#x}) is not inside one mapping")
-    files = _unmap(mem, mm, new, new_end)
-    moved_end = min(old_end, old + new_end - new)
-    if moved_end < old_end:
-        files += _unmap(mem, mm, moved_end, old_end)
-    (vma,) = isolate_vmas(mem, mm, old, moved_end)
-    # Without pages of its own it takes the place's offset, so that it can merge there (copy_vma).
-    untouched = vma.anon_vma is None and vma.vm_file is None
-    pgoff = new >> PAGE_SHIFT if untouched else vma.vm_pgoff
-    moved = Vma(mm, new, new + moved_end - old, vma.vm_flags & ~VM_UFFD_FLAGS, pgoff)
-    moved.vm_file = vma.vm_file
-    moved.anon_vma = vma.anon_vma
-    anon_vma_clone(moved, vma)
-    _insert(mm, moved)
-    error: OutOfMemory | None = None
-    try:
-        _move_page_tables(mem, vma, moved)
-    except OutOfMemory as failure:
-        # The tables that have moved find their old places still there: moving back cannot fail.
-        _move_page_tables(mem, moved, vma)
-        error, vma, moved = failure, moved, vma
-    else:
-        moved.vm_end = new_end
-    mm.vmas.remove(vma)
-    free_pgtables(mem, mm, vma.vm_start, vma.vm_end)
-    unlink_anon_vmas(mem, vma)
-    files += unlink_file_vma(mem, vma)
-    _merge(mem, mm, moved)
-    yield Release(mm.mmap_lock)
-    yield from _release_files(mem, files)
-    if error is not None:
-        raise error
-    return new
-
-
-def _move_page_tables(mem: Memory, old: Vma, new: Vma) -> None:
-    mm, offset = old.mm, new.vm_start - old.vm_start
-    addr = old.vm_start
-    while addr < old.vm_end:
-        stop = min(
-            old.vm_end,
-            (addr & -HPAGE_PMD_SIZE) + HPAGE_PMD_SIZE,
-            (addr + offset & -HPAGE_PMD_SIZE) + HPAGE_PMD_SIZE - offset,
-        )
-        pmd = pmd_of(mem, mm, addr)
-        if pmd:
-            if stop - addr == HPAGE_PMD_SIZE and not pmd_of(mem, mm, addr + offset):
-                _move_pmd(mem, old, addr, addr + offset, pmd)
-            else:
-                if pmd_trans_huge(pmd):
-                    split_huge_pmd(mem, old, addr)
-                    if not pmd_of(mem, mm, addr):
-                        addr = stop  # a file's: to be found again by a fault
-                        continue
-                source = ptes_of(mem, mm, addr, stop)
-                if source.any():
-                    table, first = pte_table(mem, mm, addr + offset), pte_index(addr + offset)
-                    mem.ram.words[table, first : first + len(source)] = source
-                    source[:] = 0
-        addr = stop
-
-
-def _move_pmd(mem: Memory, vma: Vma, old: int, new: int, pmd: int) -> None:
-    mm = vma.mm
-    pmd_table(mem, mm, new)
-    set_pmd(mem, mm, old, 0)
-    set_pmd(mem, mm, new, pmd)
-    if pmd_trans_huge(pmd) and vma.vm_file is None:
-        pgtable_trans_huge_deposit(mm, new, pgtable_trans_huge_withdraw(mm, old))
 
 
 def mlock_vma_range(mem: Memory, mm: Mm, start: int, end: int, *, lock: bool) -> None:
@@ -539,142 +314,6 @@ def mlock_vma_range(mem: Memory, mm: Mm, start: int, end: int, *, lock: bool) ->
             munlock_pages(mem, pfns)
 
 
-def dup_mmap(mem: Memory, mm: Mm, child: Mm) -> Steps[None]:
-    """Fill `child` with a copy of `mm`'s address space, pages shared and write-protected in both.
-
-    Raises: OutOfMemory; the child is then to be exited by the caller.
-    Kernel: dup_mmap (kernel/fork.c), copy_page_range (mm/memory.c).
-    """
-    yield Acquire(mm.mmap_lock, WRITE)
-    try:
-        child.flags = mm.flags & MMF_DISABLE_THP
-        child.mmap_base = mm.mmap_base
-        for vma in list(mm.vmas):
-            if not vma.vm_flags & VM_DONTCOPY:
-                _dup_vma(mem, vma, child)
-    except OutOfMemory:
-        mm.mmap_lock.unlock(mem.sched.current)
-        raise
-    yield Release(mm.mmap_lock)
-
-
-def _dup_vma(mem: Memory, vma: Vma, child: Mm) -> None:
-    copy = Vma(
-        child, vma.vm_start, vma.vm_end, vma.vm_flags & ~(VM_LOCKED | VM_UFFD_FLAGS), vma.vm_pgoff
-    )
-    copy.vm_file = vma.vm_file
-    _insert(child, copy)
-    # Pages of a file are found again by faults; only private copies must be handed on.
-    if vma.vm_flags & VM_WIPEONFORK or vma.anon_vma is None:
-        return
-    anon_vma_clone(copy, vma)
-    own = anon_vma_new(mem, vma.anon_vma.root or vma.anon_vma)
-    own.vmas.append(copy)
-    copy.anon_vma_chain.append(own)
-    copy.anon_vma = own
-    for low, high in each_block(vma.vm_start, vma.vm_end):
-        pmd = pmd_of(mem, vma.mm, low)
-        if pmd and pmd_trans_huge(pmd) and vma.vm_file is not None:
-            continue
-        if pmd and pmd_trans_huge(pmd) and not _copy_huge_pmd(mem, vma, copy, low, pmd):
-            split_huge_pmd(mem, vma, low)
-            pmd = pmd_of(mem, vma.mm, low)
-        if pmd and not pmd_trans_huge(pmd):
-            _copy_pte_range(mem, vma, copy, low, high)
-
-
-def _copy_huge_pmd(mem: Memory, vma: Vma, copy: Vma, addr: int, pmd: int) -> bool:
-    """Share a huge page with the child. False if it may be pinned: the child needs its own copy."""
-    child, head, pages = copy.mm, pte_pfn(pmd), mem.pages
-    zero = head == mem.huge_zero_pfn
-    if not zero and pages.flags[head] & PG_anon_exclusive and _needs_cow_for_dma(mem, vma, head):
-        return False
-    pmd_table(mem, child, addr)
-    pgtable_trans_huge_deposit(child, addr, alloc_page_table(mem, child))
-    if not zero:
-        pages.refcount[head] += 1
-        pages.entire_mapcount[head] += 1
-        pages.flags[head] &= np.uint32(~PG_anon_exclusive & 0xFFFFFFFF)
-        mem.mod_mm(child, MM_ANONPAGES, HPAGE_PMD_NR)
-    set_pmd(mem, vma.mm, addr, pmd & ~PAGE_RW)
-    set_pmd(mem, child, addr, pmd & ~(PAGE_RW | PAGE_UFFD_WP | PAGE_ACCESSED))
-    return True
-
-
-def _needs_cow_for_dma(mem: Memory, vma: Vma, head: int) -> bool:
-    return bool(vma.mm.flags & MMF_HAS_PINNED) and mem.pages.maybe_dma_pinned(head)
-
-
-def _copy_pte_range(mem: Memory, vma: Vma, copy: Vma, low: int, high: int) -> None:
-    """Copy one block's entries: pages shared and write-protected, swap entries duplicated."""
-    source, pages = ptes_of(mem, vma.mm, low, high), mem.pages
-    if not source.any():
-        return
-    first = pte_index(low)
-    target = mem.ram.words[pte_table(mem, copy.mm, low), first : first + len(source)]
-    markers = is_swap_ptes(source) & (source >> np.uint64(SWP_TYPE_SHIFT) == SWP_PTE_MARKER)
-    swapped = is_swap_ptes(source) & ~markers
-    source[swapped] &= np.uint64(~PAGE_SWP_EXCLUSIVE & (1 << 64) - 1)
-    target[swapped] = source[swapped] & ~SWAP_FLAGS
-    for slot in swap_slots(source[swapped]):
-        swap_duplicate(mem, slot)
-    mem.mod_mm(copy.mm, MM_SWAPENTS, int(np.count_nonzero(swapped)))
-
-    present = np.flatnonzero(source & U_PRESENT)
-    zero = present[pte_pfns(source[present]) == mem.zero_pfn]
-    mask = np.uint64(~(PAGE_RW | PAGE_ACCESSED | PAGE_UFFD_WP) & (1 << 64) - 1)
-    target[zero] = source[zero] & mask
-    shared = present[pte_pfns(source[present]) != mem.zero_pfn]
-    if vma.mm.flags & MMF_HAS_PINNED:
-        shared = _copy_pinned(mem, copy, low, source, target, shared)
-    pfns = pte_pfns(source[shared])
-    pages.add_refs(pfns, +1)
-    pages.mapcount[pfns] += 1
-    pages.flags[pfns] &= np.uint32(~PG_anon_exclusive & 0xFFFFFFFF)
-    source[shared] &= np.uint64(~PAGE_RW & (1 << 64) - 1)
-    target[shared] = source[shared] & mask
-    mod_mm_pages(mem, copy.mm, pfns, +1)
-
-
-def _copy_pinned(
-    mem: Memory, copy: Vma, low: int, source: Ptes, target: Ptes, shared: Pfns
-) -> Pfns:
-    """Give the child its own copy of exclusive pages that may be pinned; returns the rest.
-
-    The copy here is not machine-check safe (copy_user_highpage): poison met by it kills the host.
-    Kernel: copy_present_page.
-    """
-    rest = []
-    for place in shared.tolist():
-        pfn = pte_pfn(int(source[place]))
-        head = mem.pages.head_of(pfn)
-        if not (mem.pages.flags[pfn] & PG_anon_exclusive and mem.pages.maybe_dma_pinned(head)):
-            rest.append(place)
-            continue
-        new = alloc_pages(mem, 1, copy.mm.preferred_node)
-        if not len(new) or not charge(mem, copy.mm.memcg, 1):
-            put_pages(mem, new)
-            raise OutOfMemory(f"no page for {copy.mm.name} in place of pinned {pfn:#x}")
-        mem.pages.memcg[new] = copy.mm.memcg.key
-        copy_mc_page(mem, int(new[0]), pfn, consumer="copy_present_page", recovery=False)
-        page_add_new_anon_rmap(
-            mem, new, copy, np.array([copy.linear_page_index(low + (place << PAGE_SHIFT))])
-        )
-        mem.mod_mm(copy.mm, MM_ANONPAGES, +1)
-        writable = PAGE_RW if copy.vm_flags & VM_WRITE else 0
-        target[place] = (
-            (int(new[0]) << PAGE_SHIFT)
-            | PAGE_PRESENT
-            | PAGE_USER
-            | PAGE_ACCESSED
-            | PAGE_DIRTY
-            | writable
-        )
-        mem.pages.refcount[new] += 1
-        lru_cache_add(mem, new)
-    return np.array(rest, np.int64)
-
-
 def exit_mmap(mem: Memory, mm: Mm) -> Steps[None]:
     """The last user is gone: unmap everything.
 
@@ -699,4 +338,4 @@ def exit_mmap(mem: Memory, mm: Mm) -> Steps[None]:
         files += unlink_file_vma(mem, vma)
     mem.mms.remove(mm)
     yield Release(mm.mmap_lock)
-    yield from _release_files(mem, files)
+    yield from release_files(mem, files)

@@ -17,9 +17,7 @@ from pykhuge.mm.mm import (
     change_flags,
     check_mapped,
     check_range,
-    mkwrite_range,
     vmas_in,
-    wrprotect_range,
 )
 from pykhuge.mm.mm_types import (
     VM_SHARED,
@@ -33,6 +31,7 @@ from pykhuge.mm.mm_types import (
     Vma,
 )
 from pykhuge.mm.mmzone import Memory
+from pykhuge.mm.mprotect import mkwrite_range, wrprotect_range
 from pykhuge.mm.new_pages import VM_PAGE_PROT, map_new_pages, new_user_pages, pte_table
 from pykhuge.mm.page_table import (
     PAGE_SPECIAL,

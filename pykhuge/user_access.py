@@ -1,0 +1,223 @@
+"""UserAccess: a process loads from and stores to its memory, as its program would."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
+from pykhuge.hw.poison import LINE_SHIFT
+from pykhuge.kernel.sched import Steps, Task, steps
+from pykhuge.mm.errors import BUS_MCEERR_AR, BusError, SegmentationFault
+from pykhuge.mm.fault import access_vma, find_vma, handle_mm_fault
+from pykhuge.mm.gup import follow_page
+from pykhuge.mm.mm_types import (
+    VM_EXEC,
+    VM_READ,
+    VM_WRITE,
+    Mm,
+)
+from pykhuge.mm.mmzone import Memory
+from pykhuge.mm.page import Pfns
+from pykhuge.mm.page_table import (
+    PAGE_ACCESSED,
+    PAGE_DIRTY,
+    PAGE_PRESENT,
+    PAGE_RW,
+    pmd_trans_huge,
+    pte_index,
+    pte_pfn,
+    pte_pfns,
+)
+from pykhuge.mm.rmap import pmd_of, set_pmd
+
+__all__ = ["UserAccess", "check_access"]
+
+
+class UserAccess:
+    """What `Process` does when its program touches memory: faults, poison, and the bytes."""
+
+    mem: Memory
+    mm: Mm
+    task: Task[Any]
+
+    def check_alive(self) -> None:
+        """Raises: KernelPanic if the host is dead, OSError ESRCH if the process is."""
+        raise NotImplementedError
+
+    @steps
+    def read(self, addr: int, length: int) -> Steps[bytes]:
+        """What a program reads at `addr`.
+
+        Raises: SegmentationFault; BusError for a poisoned line or a swap error; UserFault.
+        """
+        check_access(addr, length)
+        out = bytearray(length)
+        for low, high in _by_block(addr, addr + length):
+            try:
+                pfns = yield from self._pages_for(low, high, write=False)
+            except Exception:
+                self._check_poison_up_to(low, high)
+                raise
+            self._check_poison(pfns, low, high)
+            out[low - addr : high - addr] = _gather(self.mem, pfns, low, high)
+        return bytes(out)
+
+    @steps
+    def write(self, addr: int, data: bytes | bytearray | memoryview) -> Steps[None]:
+        """Store `data` at `addr`, as a program would, from low to high.
+
+        Raises: SegmentationFault; BusError for a poisoned line, what is below it is written then;
+        UserFault.
+        """
+        source = np.frombuffer(data, np.uint8)
+        check_access(addr, len(source))
+        for low, high in _by_block(addr, addr + len(source)):
+            try:
+                pfns = yield from self._pages_for(low, high, write=True)
+            except BaseException:
+                # The pages below the one that cannot be had were written before anybody knew; also
+                # where the task would have to wait (GeneratorExit).
+                self._store(addr, low, self._writable_up_to(low, high), source)
+                raise
+            self._store_pages(pfns, addr, low, high, source)
+
+    def _store(self, addr: int, low: int, high: int, source: npt.NDArray[np.uint8]) -> None:
+        if low < high:
+            pages = range(low & -PAGE_SIZE, high, PAGE_SIZE)
+            pfns = [follow_page(self.mem, self.mm, page) for page in pages]
+            self._store_pages(np.array(pfns, np.int64), addr, low, high, source)
+
+    def _store_pages(
+        self, pfns: Pfns, addr: int, low: int, high: int, source: npt.NDArray[np.uint8]
+    ) -> None:
+        """Write [low, high) of what goes to `addr`, up to the first poisoned line."""
+        good = self._first_poison(pfns, low, high)
+        nr = (good - 1 >> PAGE_SHIFT) - (low >> PAGE_SHIFT) + 1
+        _scatter(self.mem, pfns[:nr], low, good, source[low - addr : good - addr])
+        if good < high:
+            self._bus_error(good)
+
+    def _writable_up_to(self, low: int, high: int) -> int:
+        """The first address of [low, high) whose page is not there for writing."""
+        for page in range(low & -PAGE_SIZE, high, PAGE_SIZE):
+            vma = find_vma(self.mm, page)
+            allowed = vma is not None and vma.vm_start <= page and vma.vm_flags & VM_WRITE
+            if not allowed or follow_page(self.mem, self.mm, page, write=True) is None:
+                return max(low, page)
+        return high
+
+    def _pages_for(self, low: int, high: int, *, write: bool) -> Steps[Pfns]:
+        """The frames of [low, high), one block at most, faulted in; accessed and dirty bits set."""
+        wanted = PAGE_PRESENT | PAGE_RW if write else PAGE_PRESENT
+        mark = PAGE_ACCESSED | PAGE_DIRTY if write else PAGE_ACCESSED
+        first, nr = pte_index(low), (high - 1 >> PAGE_SHIFT) - (low >> PAGE_SHIFT) + 1
+        if not self._allowed(low, high, write=write):
+            # The fault comes at the first address without permission, and brings in those below.
+            yield from handle_mm_fault(self.mem, self.mm, low, high, write=write)
+        while True:
+            pmd = pmd_of(self.mem, self.mm, low)
+            if pmd and pmd_trans_huge(pmd):
+                if pmd & wanted == wanted:
+                    if pmd & mark != mark:
+                        set_pmd(self.mem, self.mm, low, pmd | mark)
+                    return np.arange(pte_pfn(pmd) + first, pte_pfn(pmd) + first + nr)
+            elif pmd:
+                ptes = self.mem.ram.words[pte_pfn(pmd), first : first + nr]
+                if int(np.bitwise_and.reduce(ptes)) & wanted == wanted:
+                    ptes |= np.uint64(mark)
+                    return pte_pfns(ptes)
+            yield from handle_mm_fault(self.mem, self.mm, low, high, write=write)
+
+    def _allowed(self, start: int, end: int, *, write: bool) -> bool:
+        try:
+            while start < end:
+                start = access_vma(self.mm, start, write=write).vm_end
+        except SegmentationFault:
+            return False
+        return True
+
+    def _first_poison(self, pfns: Pfns, low: int, high: int) -> int:
+        """The lowest address of [low, high) on a poisoned line; `high` if there is none."""
+        words = self.mem.poison.lines[pfns]
+        for index in np.flatnonzero(words).tolist():
+            page = (low & -PAGE_SIZE) + (index << PAGE_SHIFT)
+            word = int(words[index])
+            for line in range(64):
+                start = page + (line << LINE_SHIFT)
+                if word >> line & 1 and start < high and start + (1 << LINE_SHIFT) > low:
+                    return max(start, low)
+        return high
+
+    def _check_poison_up_to(self, low: int, high: int) -> None:
+        """A load that faults may have met poison before, in the pages that were there."""
+        for page in range(low & -PAGE_SIZE, high, PAGE_SIZE):
+            vma, pfn = find_vma(self.mm, page), follow_page(self.mem, self.mm, page)
+            readable = vma is not None and vma.vm_flags & (VM_READ | VM_WRITE | VM_EXEC)
+            if vma is None or vma.vm_start > page or not readable or pfn is None:
+                return
+            self._check_poison(np.array([pfn]), max(low, page), min(high, page + PAGE_SIZE))
+
+    def _check_poison(self, pfns: Pfns, low: int, high: int) -> None:
+        addr = self._first_poison(pfns, low, high)
+        if addr < high:
+            self._bus_error(addr)
+
+    def _bus_error(self, addr: int) -> None:
+        """The machine check of a user load or store: the task gets SIGBUS, the host lives."""
+        pfn = follow_page(self.mem, self.mm, addr)
+        assert pfn is not None
+        line = (addr % PAGE_SIZE) >> LINE_SHIFT
+        mce = self.mem.poison.machine_check(
+            pfn,
+            line,
+            cpu=self.task.cpu,
+            consumer=f"user access of {self.task.comm}",
+            recovered=True,
+        )
+        self.mem.printk(str(mce))
+        raise BusError(addr & -PAGE_SIZE, BUS_MCEERR_AR, PAGE_SHIFT)
+
+
+def check_access(addr: int, length: int) -> None:
+    """Raises: ValueError if this cannot be a range of memory."""
+    if addr < 0 or length < 0:
+        raise ValueError(f"addr={addr:#x} length={length}: allowed 0 and more")
+
+
+def _by_block(start: int, end: int) -> list[tuple[int, int]]:
+    cuts = [start, *range((start & -HPAGE_PMD_SIZE) + HPAGE_PMD_SIZE, end, HPAGE_PMD_SIZE), end]
+    return list(itertools.pairwise(cuts)) if start < end else []
+
+
+def _runs(pfns: Pfns, low: int, high: int) -> list[tuple[slice, int, int]]:
+    """[low, high) as pieces of physical memory without a gap: (pages, first byte, length)."""
+    breaks = np.flatnonzero(np.diff(pfns) != 1) + 1
+    starts = [0, *breaks.tolist()]
+    stops = [*breaks.tolist(), len(pfns)]
+    base = low & -PAGE_SIZE
+    pieces = []
+    for start, stop in zip(starts, stops, strict=True):
+        first, last = max(low, base + start * PAGE_SIZE), min(high, base + stop * PAGE_SIZE)
+        pfn = int(pfns[start])
+        pieces.append(
+            (slice(pfn, pfn + stop - start), first - (base + start * PAGE_SIZE), last - first)
+        )
+    return pieces
+
+
+def _gather(mem: Memory, pfns: Pfns, low: int, high: int) -> bytes:
+    return b"".join(
+        mem.ram.pages[pages].reshape(-1)[offset : offset + length].tobytes()
+        for pages, offset, length in _runs(pfns, low, high)
+    )
+
+
+def _scatter(mem: Memory, pfns: Pfns, low: int, high: int, source: npt.NDArray[np.uint8]) -> None:
+    done = 0
+    for pages, offset, length in _runs(pfns, low, high) if low < high else []:
+        mem.ram.pages[pages].reshape(-1)[offset : offset + length] = source[done : done + length]
+        done += length
