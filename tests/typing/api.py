@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import mmap
+import os
 
 import numpy as np
 
 import pykhuge
-from pykhuge import Advice, CollapseError, Machine, MachineCheck, Process, ScanResult
+from pykhuge import Advice, CollapseError, File, Machine, MachineCheck, Process, ScanResult
 
 to, source = mmap.mmap(-1, 4096), bytes(4096)
 not_copied: int = pykhuge.copy_mc_highpage(to, source, bad_lines=1)
@@ -21,6 +22,10 @@ process: Process = machine.process("app", memcg=machine.memcg("64M"))
 addr: int = process.mmap(2 << 20)
 process.write(addr, b"data")
 data: bytes = process.read(addr, 4)
+file: File = process.open("name", os.O_RDWR | os.O_CREAT, tmpfs=machine.tmpfs("4M"))
+written: int = process.pwrite(file, 0, data)
+addr = process.mmap(2 << 20, file=process.memfd_create("memory"), shared=True)
+process.fallocate(file, 0, 4096, punch_hole=True)
 child: Process = process.fork()
 try:
     process.madvise(addr, 2 << 20, Advice.MADV_COLLAPSE)
