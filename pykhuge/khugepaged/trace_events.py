@@ -5,7 +5,7 @@ Linux: include/trace/events/huge_memory.h.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from pykhuge.khugepaged.scan_result import ScanResult
 
@@ -29,7 +29,19 @@ def _pfn(pfn: int) -> str:
     return f"{pfn & (1 << 64) - 1:#x}"
 
 
-class mm_khugepaged_scan_pmd(NamedTuple):  # noqa: N801
+class Event:
+    """What all of them have in common: the class is called as the event is."""
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:
+        """The event's name in tracefs."""
+        return type(self).__name__
+
+
+@dataclass(slots=True)
+class mm_khugepaged_scan_pmd(Event):  # noqa: N801
     """One block scanned. mm: hashed pointer; scan_pfn: the last page looked at, -1 if none."""
 
     mm: int
@@ -40,11 +52,6 @@ class mm_khugepaged_scan_pmd(NamedTuple):  # noqa: N801
     status: ScanResult
     unmapped: int
 
-    @property
-    def name(self) -> str:
-        """The event's name in tracefs."""
-        return type(self).__name__
-
     def body(self) -> str:
         """What TP_printk makes of the fields."""
         return (
@@ -54,24 +61,21 @@ class mm_khugepaged_scan_pmd(NamedTuple):  # noqa: N801
         )
 
 
-class mm_collapse_huge_page(NamedTuple):  # noqa: N801
+@dataclass(slots=True)
+class mm_collapse_huge_page(Event):  # noqa: N801
     """One collapse ended; isolated is 1 only on success."""
 
     mm: int
     isolated: bool
     status: ScanResult
 
-    @property
-    def name(self) -> str:
-        """The event's name in tracefs."""
-        return type(self).__name__
-
     def body(self) -> str:
         """What TP_printk makes of the fields."""
         return f"mm={_pointer(self.mm)}, isolated={self.isolated:d}, status={self.status.text}"
 
 
-class mm_collapse_huge_page_isolate(NamedTuple):  # noqa: N801
+@dataclass(slots=True)
+class mm_collapse_huge_page_isolate(Event):  # noqa: N801
     """The pages of one block were isolated, or not."""
 
     scan_pfn: int
@@ -79,11 +83,6 @@ class mm_collapse_huge_page_isolate(NamedTuple):  # noqa: N801
     referenced: int
     writable: bool
     status: ScanResult
-
-    @property
-    def name(self) -> str:
-        """The event's name in tracefs."""
-        return type(self).__name__
 
     def body(self) -> str:
         """What TP_printk makes of the fields."""
@@ -93,18 +92,14 @@ class mm_collapse_huge_page_isolate(NamedTuple):  # noqa: N801
         )
 
 
-class mm_collapse_huge_page_swapin(NamedTuple):  # noqa: N801
+@dataclass(slots=True)
+class mm_collapse_huge_page_swapin(Event):  # noqa: N801
     """Swapped-out pages of one block were brought in; ret is 1 if all of them were."""
 
     mm: int
     swapped_in: int
     referenced: int
     ret: int
-
-    @property
-    def name(self) -> str:
-        """The event's name in tracefs."""
-        return type(self).__name__
 
     def body(self) -> str:
         """What TP_printk makes of the fields."""
@@ -114,7 +109,8 @@ class mm_collapse_huge_page_swapin(NamedTuple):  # noqa: N801
         )
 
 
-class mm_khugepaged_scan_file(NamedTuple):  # noqa: N801
+@dataclass(slots=True)
+class mm_khugepaged_scan_file(Event):  # noqa: N801
     """One block of a file scanned. scan_pfn: the page that stopped the scan, -1 if none did."""
 
     mm: int
@@ -124,11 +120,6 @@ class mm_khugepaged_scan_file(NamedTuple):  # noqa: N801
     swap: int
     result: ScanResult
 
-    @property
-    def name(self) -> str:
-        """The event's name in tracefs."""
-        return type(self).__name__
-
     def body(self) -> str:
         """What TP_printk makes of the fields."""
         return (
@@ -137,22 +128,18 @@ class mm_khugepaged_scan_file(NamedTuple):  # noqa: N801
         )
 
 
-class mm_khugepaged_collapse_file(NamedTuple):  # noqa: N801
+@dataclass(slots=True)
+class mm_khugepaged_collapse_file(Event):  # noqa: N801
     """One collapse of a file's block ended. index: how far it came; nr: pages of the huge page."""
 
     mm: int
     hpage_pfn: int
-    index: int  # type: ignore[assignment]  # tuple.index
+    index: int
     addr: int
     is_shmem: bool
     filename: str
     nr: int
     result: ScanResult
-
-    @property
-    def name(self) -> str:
-        """The event's name in tracefs."""
-        return type(self).__name__
 
     def body(self) -> str:
         """What TP_printk makes of the fields."""
