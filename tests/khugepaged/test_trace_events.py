@@ -139,7 +139,8 @@ def test_failed_swap_in_ends_the_collapse(machine: Machine, process: Process, bl
         mm_collapse_huge_page,
         mm_khugepaged_scan_pmd,
     ]
-    assert swapins(machine)[0][1:] == (1, 510, 0)
+    (swapin,) = swapins(machine)
+    assert (swapin.swapped_in, swapin.referenced, swapin.ret) == (1, 510, 0)
     assert bodies(machine)[1] == f"{COLLAPSE}: mm=P, isolated=0, status=failed"
 
 
