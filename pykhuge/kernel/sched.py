@@ -23,6 +23,7 @@ from pykhuge.kernel.panic import KernelBug, KernelPanic
 
 __all__ = [
     "Acquire",
+    "Foresee",
     "Preempt",
     "Release",
     "Sched",
@@ -104,6 +105,30 @@ class Until:
         return f"wait until {self._what}"
 
 
+class Foresee:
+    """Looks ahead to a wait that is to come once things have been changed.
+
+    A plain call, which cannot wait, ends here instead, with nothing changed. A task of its own
+    takes no notice, and waits when it comes to it.
+    """
+
+    __slots__ = ("_what", "fulfilled")
+
+    def __init__(self, what: str, fulfilled: Callable[[], bool]) -> None:
+        self._what = what
+        self.fulfilled = fulfilled
+
+    def ready(self) -> bool:
+        """Whether the task may go on at once."""
+        return True
+
+    def take_effect(self, task: Task[Any]) -> None:
+        """Nothing: it only asks."""
+
+    def __str__(self) -> str:
+        return f"wait until {self._what}"
+
+
 @dataclass(frozen=True, slots=True)
 class Preempt:
     """A place without a lock of its own at which other tasks may run, by its name."""
@@ -121,7 +146,7 @@ class Preempt:
         return self.where
 
 
-Step = Acquire | Release | Until | Preempt
+Step = Acquire | Release | Until | Foresee | Preempt
 Steps = Generator[Step, None, T]
 
 
@@ -182,6 +207,8 @@ class Task(Holder, Generic[T]):
         self.sched.current = self
         try:
             self.pending = next(self._generator)
+            while isinstance(self.pending, Foresee):
+                self.pending = next(self._generator)
         except StopIteration as stop:
             self.done = True
             self._result = stop.value
@@ -222,7 +249,8 @@ class Task(Holder, Generic[T]):
         try:
             while True:
                 step = next(generator)
-                if not step.ready():
+                foreseen = isinstance(step, Foresee) and not step.fulfilled()
+                if foreseen or not step.ready():
                     self._abandon(generator, step)
                 step.take_effect(self)
         except StopIteration as stop:

@@ -12,7 +12,7 @@ import numpy as np
 
 from pykhuge.hw.memory import HPAGE_PMD_NR, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.kernel.locking import READ
-from pykhuge.kernel.sched import Acquire, Release, Steps, Until
+from pykhuge.kernel.sched import Acquire, Foresee, Release, Steps, Until
 from pykhuge.mm.errors import PageLocked
 from pykhuge.mm.huge_memory import split_huge_pmd
 from pykhuge.mm.mm_types import AddressSpace, ShmemInode
@@ -54,6 +54,7 @@ __all__ = [
     "filemap_remove_huge",
     "filemap_remove_pages",
     "find_page",
+    "foresee_truncation",
     "split_huge_file_page",
     "truncate_pages",
     "unlock_page",
@@ -200,6 +201,18 @@ def split_huge_file_page(mem: Memory, mapping: AddressSpace, head: int) -> bool:
         end = max(end, mapping.host.fallocend)
     filemap_remove_pages(mem, mapping, indexes[indexes >= end], subpages[indexes >= end])
     return True
+
+
+def foresee_truncation(mem: Memory, mapping: AddressSpace, first: int, last: int) -> Steps[None]:
+    """To be asked before a truncation changes anything: it will wait for locked pages."""
+
+    def unlocked() -> bool:
+        return not any(
+            (mem.pages.flags[entries[entries > 0]] & U_LOCKED).any()
+            for _, entries in mapping.i_pages.entries(first, last)
+        )
+
+    yield Foresee(f"pages of {mapping.host.name} are unlocked", unlocked)
 
 
 def truncate_pages(

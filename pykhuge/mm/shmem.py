@@ -20,6 +20,7 @@ from pykhuge.mm.filemap import (
     add_to_page_cache,
     file_page,
     filemap_remove_pages,
+    foresee_truncation,
     truncate_pages,
     wait_on_page,
     zero_partial_page,
@@ -365,6 +366,8 @@ def shmem_truncate(mem: Memory, inode: ShmemInode, size: int) -> Steps[None]:
     Raises: OSError ENOMEM if growth cannot be committed. Kernel: shmem_setattr.
     """
     old = inode.i_size
+    if size < old:
+        yield from foresee_truncation(mem, inode.i_mapping, size >> PAGE_SHIFT, 1 << 52)
     nr = _pages_in(size) - _pages_in(old)
     if not inode.flags & VM_NORESERVE:
         if nr > 0 and not shmem_acct(mem, nr):
@@ -383,8 +386,9 @@ def shmem_undo_range(
 
     end: None is up to the very last page. Kernel: shmem_undo_range, shmem_recalc_inode.
     """
-    first = -(-start // PAGE_SIZE)
+    first = _pages_in(start)
     last = 1 << 52 if end is None else end >> PAGE_SHIFT
+    yield from foresee_truncation(mem, inode.i_mapping, start >> PAGE_SHIFT, last + 1)
     if start % PAGE_SIZE:
         stop = (start & -PAGE_SIZE) + PAGE_SIZE
         yield from _zero(mem, inode, start, stop if end is None else min(stop, end))
