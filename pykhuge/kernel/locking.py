@@ -3,7 +3,10 @@
 Lock order, outermost first (a task may take only locks that stand below what it holds; trylocks
 are free of the rule, as in the kernel):
 
-    mmap_lock > page lock > i_mmap_rwsem > anon_vma rwsem > page_table_lock / PTE lock
+    mmap_lock > vm_lock > page lock > i_mmap_rwsem > anon_vma rwsem > page_table_lock / PTE lock
+
+khugepaged, which comes to the page tables of a file with the page and i_mmap_rwsem held, only tries
+the first two.
 
 Sleeping locks (`RwSem`) are taken by yielding `Acquire` and `Release` (kernel/sched); spinlocks
 are plain context managers, because nothing may be yielded while one is held. Page locks are the
