@@ -19,8 +19,10 @@ from pykhuge.mm.filemap import (
     add_huge_to_page_cache,
     add_to_page_cache,
     file_page,
+    filemap_remove_huge,
     filemap_remove_pages,
     foresee_truncation,
+    split_huge_file_page,
     truncate_pages,
     wait_on_page,
     zero_partial_page,
@@ -70,6 +72,7 @@ __all__ = [
 ]
 
 BLOCKS_PER_PAGE = 8
+U_DIRTY = np.uint32(PG_dirty)
 U_UPTODATE = np.uint32(PG_uptodate)
 
 
@@ -402,22 +405,27 @@ def shmem_undo_range(
 
 
 def _zero(mem: Memory, inode: ShmemInode, start: int, end: int) -> Steps[None]:
-    """Zero bytes inside one page; a swapped-out page is brought in for it."""
-    index = start >> PAGE_SHIFT
+    """Zero bytes inside one page; a huge page is split, if that can be done.
+
+    A swapped-out page is brought in for it; one that cannot be is left as it is.
+    Kernel: shmem_get_partial_folio, truncate_inode_partial_folio.
+    """
+    mapping, index = inode.i_mapping, start >> PAGE_SHIFT
     while True:
         try:
-            if is_swap_value(inode.i_mapping.i_pages.load(index)):
-                _bring_in(mem, inode, index)
-            zero_partial_page(mem, inode.i_mapping, start, end)
-            return
+            if is_swap_value(entry := mapping.i_pages.load(index)):
+                _swapin_folio(mem, inode, index, entry, mem.memcgs[0], 0, major=False)
+            zero_partial_page(mem, mapping, start, end)
+            break
         except PageLocked as locked:
             busy = locked.pfn
+        except (OSError, OutOfMemory):
+            return
         yield from wait_on_page(mem, busy)
-
-
-def _bring_in(mem: Memory, inode: ShmemInode, index: int) -> None:
-    entry = inode.i_mapping.i_pages.load(index)
-    _swapin_folio(mem, inode, index, entry, mem.memcgs[0], 0, major=False)
+    if (entry := mapping.i_pages.load(index)) > 0:
+        mem.pages.flags[entry] |= U_DIRTY
+        if mapping.i_pages.order(index):
+            split_huge_file_page(mem, mapping, entry)
 
 
 def shmem_fallocate(
@@ -437,35 +445,55 @@ def shmem_fallocate(
     first, last = start >> PAGE_SHIFT, -(-end // PAGE_SIZE)
     if inode.i_sb.max_blocks and last - first > inode.i_sb.max_blocks:
         raise os_error(errno.ENOSPC, f"end={end:#x}: allowed what the mount has room for")
-    inode.fallocend = max(inode.fallocend, last)
+    undo_fallocend, inode.fallocend = inode.fallocend, max(inode.fallocend, last)
     added: list[int] = []
-    index = first
-    while index < last:
-        present = inode.i_mapping.i_pages.load(index)
-        try:
-            pfn = shmem_get_folio(mem, inode, index, Sgp.SGP_FALLOC, memcg=memcg, nid=nid)
-        except PageLocked as locked:
-            busy = locked.pfn
-        except (OSError, OutOfMemory):
-            _undo_fallocate(mem, inode, added)
-            raise
-        else:
-            assert pfn is not None
-            if not present:
-                added.append(index)
-            index += 1
-            continue
-        yield from wait_on_page(mem, busy)
+    try:
+        yield from _add_fallocated(mem, inode, range(first, last), added, memcg, nid)
+    except (OSError, OutOfMemory, GeneratorExit):
+        inode.fallocend = undo_fallocend
+        _undo_fallocate(mem, inode, added)
+        raise
+    heads = [inode.i_mapping.i_pages.load(index) for index in added]
+    mem.pages.flags[[head for head in heads if head > 0]] |= U_DIRTY
     if not keep_size:
         inode.i_size = max(inode.i_size, end)
 
 
+def _add_fallocated(
+    mem: Memory, inode: ShmemInode, wanted: range, added: list[int], memcg: MemCgroup, nid: int
+) -> Steps[None]:
+    """Fill the holes among pages `wanted`; `added` is told where each page, small or huge, is."""
+    index = wanted.start
+    while index < wanted.stop:
+        present = inode.i_mapping.i_pages.load(index)
+        try:
+            shmem_get_folio(mem, inode, index, Sgp.SGP_FALLOC, memcg=memcg, nid=nid)
+        except PageLocked as locked:
+            busy = locked.pfn
+        else:
+            if not present:
+                added.append(index)
+            huge = inode.i_mapping.i_pages.order(index)
+            index = (index | HPAGE_PMD_NR - 1) + 1 if huge else index + 1
+            continue
+        yield from wait_on_page(mem, busy)
+
+
 def _undo_fallocate(mem: Memory, inode: ShmemInode, added: list[int]) -> None:
-    """shmem_undo_range(unfalloc): of the pages added, those still not up to date go again."""
+    """shmem_undo_range(unfalloc): of the pages added, those that nobody has used go again.
+
+    Small ones are not up to date then; huge ones were cleared at once, and are not dirty.
+    """
+    mapping = inode.i_mapping
+    for index in added:
+        head = mapping.i_pages.load(index)
+        used = head <= 0 or mem.pages.flags[head] & (PG_dirty | PG_locked)
+        if mapping.i_pages.order(index) and not used and not mem.pages.total_mapcount(head):
+            filemap_remove_huge(mem, mapping, index & -HPAGE_PMD_NR, head)
     indexes = np.array(added, np.int64)
-    pfns = np.array([inode.i_mapping.i_pages.load(index) for index in added], np.int64)
+    pfns = np.array([mapping.i_pages.load(index) for index in added], np.int64)
     fresh = (pfns > 0) & (mem.pages.flags[pfns] & U_UPTODATE == 0)
-    filemap_remove_pages(mem, inode.i_mapping, indexes[fresh], pfns[fresh])
+    filemap_remove_pages(mem, mapping, indexes[fresh], pfns[fresh])
     shmem_recalc_inode(mem, inode)
 
 
