@@ -27,7 +27,7 @@ from pykhuge.mm.page import (
     PG_tail,
     PG_unevictable,
 )
-from pykhuge.mm.page_alloc import alloc_huge_page, alloc_pages
+from pykhuge.mm.page_alloc import alloc_huge_page, alloc_pages, charge
 from pykhuge.mm.page_table import (
     PAGE_ACCESSED,
     PAGE_DIRTY,
@@ -143,11 +143,13 @@ def _enabled_for(mem: Memory, vma: Vma) -> bool:
 
 
 def alloc_page_table(mem: Memory, mm: Mm) -> int:
-    """A zeroed page for a page table of `mm`, counted. Raises: OutOfMemory."""
+    """A zeroed page for a page table of `mm`, counted and charged. Raises: OutOfMemory."""
     found = alloc_pages(mem, 1)
-    if not len(found):
+    if not len(found) or not charge(mem, mm.memcg, 1):
+        put_pages(mem, found)
         raise OutOfMemory(f"no page for a page table of {mm.name}")
     pfn = int(found[0])
+    mem.pages.memcg[pfn] = mm.memcg.key
     mem.ram.words[pfn] = 0
     mem.pages.flags[pfn] = PG_table
     mem.mod_page(NR_PAGETABLE, pfn, +1)

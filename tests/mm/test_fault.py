@@ -178,15 +178,18 @@ def test_copy_on_write_of_poison_kills_the_task_only(machine: Machine, process: 
 def test_memory_that_runs_out_is_an_error_of_the_task(
     make_machine: MakeMachine, written: int
 ) -> None:
-    """A cgroup at its limit: MemoryError; what came in before stays, up to the last page."""
+    """A cgroup at its limit: MemoryError; what came in before stays, up to the last page.
+
+    Two page tables are charged besides.
+    """
     machine = make_machine("8M")
-    process = machine.process(memcg=machine.memcg(4 * PAGE))
+    process = machine.process(memcg=machine.memcg((4 + 2) * PAGE))
     addr = process.mmap(16 * PAGE)
     process.write(addr, bytes(written * PAGE))
     with pytest.raises(OutOfMemory):
         process.write(addr + written * PAGE, bytes(5 * PAGE))
     assert rss(process)["MM_ANONPAGES"] == 4
-    assert machine.mem.memcgs[1].usage == 4
+    assert machine.mem.memcgs[1].usage == 4 + 2
 
 
 # Huge pages at fault.
