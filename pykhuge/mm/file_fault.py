@@ -142,12 +142,13 @@ def _do_read_fault(mem: Memory, vma: Vma, addr: int, ptes: Ptes, place: int, end
 
 
 def _map_around(mem: Memory, vma: Vma, addr: int, ptes: Ptes, place: int) -> None:
-    """Map what is cached, unlocked and up to date in the 16 pages around (filemap_map_pages)."""
+    """Map what is cached, unlocked and up to date in the 16 pages around (filemap_map_pages).
+
+    The window begins at a multiple of 16, or with the VMA, and ends 16 pages on, if they are there.
+    """
     first = max(place & -FAULT_AROUND_PAGES, place - ((addr - vma.vm_start) >> PAGE_SHIFT))
-    last = min(
-        (place & -FAULT_AROUND_PAGES) + FAULT_AROUND_PAGES,
-        place + ((vma.vm_end - addr) >> PAGE_SHIFT),
-    )
+    vma_end = place + ((vma.vm_end - addr) >> PAGE_SHIFT)
+    last = min(first + FAULT_AROUND_PAGES, HPAGE_PMD_NR, vma_end)
     assert vma.vm_file is not None
     index = vma.linear_page_index(addr) + first - place
     pages = _cached(mem, vma, index, last - first)
@@ -218,10 +219,10 @@ def _get_pages(mem: Memory, vma: Vma, index: int, nr: int) -> Pfns:
 
 
 def _read_around(vma: Vma, index: int, ra_pages: int) -> range:
-    """do_sync_mmap_readahead(): the whole block under MADV_HUGEPAGE, else a window around."""
+    """do_sync_mmap_readahead(): two blocks from its own on by MADV_HUGEPAGE, else a window."""
     if vma.vm_flags & VM_HUGEPAGE:
         start = index & -HPAGE_PMD_NR
-        return range(start, start + HPAGE_PMD_NR)
+        return range(start, start + 2 * HPAGE_PMD_NR)
     start = max(0, index - ra_pages // 2)
     return range(start, start + ra_pages)
 
