@@ -10,7 +10,7 @@ import numpy as np
 
 from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.mm.copy_mc import copy_mc_page
-from pykhuge.mm.errors import BUS_ADRERR, BusError, PageLocked
+from pykhuge.mm.errors import BUS_ADRERR, BusError, PageLocked, UserFault
 from pykhuge.mm.huge_memory import OutOfMemory, shmem_is_huge, transhuge_vma_suitable
 from pykhuge.mm.mm_types import (
     VM_HUGEPAGE,
@@ -109,6 +109,8 @@ def map_huge_file_page(mem: Memory, vma: Vma, addr: int, write: bool) -> bool:
 def _try_get_page(mem: Memory, vma: Vma, addr: int) -> None:
     try:
         _get_pages(mem, vma, vma.linear_page_index(addr), 1)
+    except UserFault:
+        raise
     except OSError as error:
         raise BusError(addr, BUS_ADRERR) from error
 
@@ -129,6 +131,8 @@ def do_fault(
         if vma.vm_flags & VM_SHARED:
             return _map_run(mem, vma, addr, ptes, place, end, write=True)
         return _do_cow_fault(mem, vma, addr, ptes, place)
+    except UserFault:
+        raise
     except OSError as error:
         raise BusError(addr, BUS_ADRERR) from error
 
