@@ -9,6 +9,7 @@ collapse is under way, its new huge page stands locked, and not up to date, in a
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from pykhuge.hw.memory import HPAGE_PMD_NR, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.kernel.locking import READ
@@ -50,6 +51,7 @@ __all__ = [
     "add_to_page_cache",
     "drop_cache",
     "file_page",
+    "filemap_releasable",
     "filemap_release_pages",
     "filemap_remove_huge",
     "filemap_remove_pages",
@@ -154,6 +156,13 @@ def filemap_remove_huge(mem: Memory, mapping: AddressSpace, index: int, head: in
     mapping.nrpages -= HPAGE_PMD_NR
     mem.pages.refcount[head] -= HPAGE_PMD_NR - 1
     put_pages(mem, np.array([head]))
+
+
+def filemap_releasable(mem: Memory, pfns: Pfns) -> npt.NDArray[np.bool_]:
+    """Which of `pfns` filemap_release_folio() would not fail for. Returns: bool[n]."""
+    kept = mem.pages.flags[pfns] & np.uint32(PG_private) != 0
+    releasable: npt.NDArray[np.bool_] = ~kept | (mem.pages.private[pfns] == 0)
+    return releasable
 
 
 def filemap_release_pages(mem: Memory, pfns: Pfns) -> None:
@@ -319,7 +328,7 @@ def _drop_small(mem: Memory, mapping: AddressSpace, indexes: Pfns, entries: Pfns
     mapping.i_pages.store(indexes[shadows], 0)
     indexes, pfns = indexes[~shadows], entries[~shadows]
     busy = np.uint32(PG_locked | PG_writeback | PG_dirty)
-    idle = mem.pages.flags[pfns] & busy == 0
+    idle = (mem.pages.flags[pfns] & busy == 0) & filemap_releasable(mem, pfns)
     filemap_release_pages(mem, pfns[idle])
     idle &= mem.pages.refcount[pfns] == 1
     filemap_remove_pages(mem, mapping, indexes[idle], pfns[idle])

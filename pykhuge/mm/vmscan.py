@@ -6,6 +6,7 @@ import numpy as np
 
 from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT
 from pykhuge.mm.filemap import (
+    filemap_releasable,
     filemap_release_pages,
     filemap_remove_pages,
     split_huge_file_page,
@@ -114,6 +115,7 @@ def _reclaim_file_page(mem: Memory, pfn: int) -> None:
     pages.flags[pfn] &= np.uint32(~(PG_referenced | PG_young) & 0xFFFFFFFF)
     shmem = mapping.host if isinstance(mapping.host, ShmemInode) else None
     unused = pages.refcount[pfn] == 2 + bool(pages.flags[pfn] & PG_private)
+    unused &= bool(filemap_releasable(mem, one)[0])
     if unused and not pages.flags[pfn] & PG_writeback:
         if not pages.flags[pfn] & PG_dirty:
             filemap_release_pages(mem, one)
