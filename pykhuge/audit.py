@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
+from pykhuge.kernel.locking import RwSem
 from pykhuge.kernel.panic import KernelBug
 from pykhuge.mm.mm_types import (
     VM_NORESERVE,
@@ -567,8 +568,15 @@ def _check_locks(mem: Memory, recount: Recount) -> None:
     for mm in mem.mms:
         recount.expect(f"{mm.name}: page_table_lock held", mm.page_table_lock.held, False)
         locks = [mm.mmap_lock, *(vma.anon_vma.lock for vma in mm.vmas if vma.anon_vma is not None)]
-        locks += [vma.vm_file.f_mapping.i_mmap_rwsem for vma in mm.vmas if vma.vm_file is not None]
-        for lock in locks:
-            for holder in lock.holders:
-                if holder.idle:
-                    recount.findings.append(f"{mm.name}: {lock} by a task that has ended")
+        _check_holders(mm.name, locks, recount)
+    for inode in mem.inodes:
+        _check_holders(inode.name, [inode.i_mapping.i_mmap_rwsem], recount)
+
+
+def _check_holders(name: str, locks: list[RwSem], recount: Recount) -> None:
+    recount.findings.extend(
+        f"{name}: {lock} by a task that has ended"
+        for lock in locks
+        for holder in lock.holders
+        if holder.idle
+    )
