@@ -220,7 +220,7 @@ def shared_anonymous_block(
     block = FileBlock(machine, vma.vm_file, [Mapping(process, addr)], sorted(held))
     for number, pages in enumerate(others):
         child = process.fork(f"other{number}")
-        touch_pages(child, addr, pages)
+        touch_pages(child, addr, set(pages) & set(block.held))
         block.maps.append(Mapping(child, addr))
     machine.lru_add_drain_all()
     machine.thp.shmem_enabled = "advise"
@@ -252,7 +252,7 @@ def disk_block(
     block = FileBlock(machine, file, [Mapping(process, addr)])
     touch_pages(process, addr, set(mapped) & set(cached))
     for pages in others:
-        add_mapper(block, pages)
+        add_mapper(block, set(pages) & set(cached))
     machine.lru_add_drain_all()
     machine.trace.clear()
     return block
