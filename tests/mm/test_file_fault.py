@@ -1,5 +1,6 @@
 """Faults in mappings of files: what is mapped, how, with which bits, and what it counts as."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -419,6 +420,67 @@ def test_fault_maps_a_cached_huge_page_by_a_pmd(
     machine.audit()
     assert rss(process) == NOTHING_MAPPED | {"pgtables": 0}
     assert machine.vmstat()["nr_mapped"] == machine.vmstat()["nr_shmem_pmdmapped"] == 0
+
+
+def test_write_fault_makes_a_huge_page_dirty(machine: Machine, process: Process) -> None:
+    """One that only reads had brought in is clean until then."""
+    file = process.memfd_create("f")
+    process.ftruncate(file, HPAGE)
+    addr = process.mmap(HPAGE, file=file, shared=True)
+    machine.thp.shmem_enabled = "always"
+    process.read(addr, 1)
+    head = process.cached_pfn(file, 0)
+    assert head is not None
+    assert not flags_of(process, head) & PG_dirty
+    process.madvise(addr, HPAGE, 4)
+    process.write(addr, b"x")
+    assert process.is_huge(addr)
+    assert flags_of(process, head) & PG_dirty
+
+
+UNMAPS: dict[str, Callable[[Process, int], object]] = {
+    "munmap": lambda process, addr: process.munmap(addr, HPAGE),
+    "munmap of a part": lambda process, addr: process.munmap(addr + 9 * PAGE, PAGE),
+    "MADV_DONTNEED": lambda process, addr: process.madvise(addr, HPAGE, 4),
+    "mprotect of a part": lambda process, addr: process.mprotect(addr, PAGE, PROT_READ),
+    "exit": lambda process, _: process.exit(),
+}
+
+
+@pytest.mark.parametrize("how", UNMAPS)
+def test_dirty_pmd_makes_its_page_dirty_when_it_goes(machine: Machine, how: str) -> None:
+    """A store through it took no fault, so that only the PMD knew of it."""
+    process = machine.process("a")
+    file = process.memfd_create("f")
+    process.ftruncate(file, HPAGE)
+    addr = process.mmap(HPAGE, file=file, shared=True)
+    keeper = process.fork()
+    machine.thp.shmem_enabled = "always"
+    process.read(addr, 1)
+    process.write(addr + 30 * PAGE, b"stored")
+    head = process.cached_pfn(file, 0)
+    assert head is not None
+    assert not flags_of(process, head) & PG_dirty
+    UNMAPS[how](process, addr)
+    assert flags_of(process, head) & PG_dirty
+    assert keeper.pread(file, 30 * PAGE, 6) == b"stored"
+
+
+def test_pmd_reaches_beyond_the_end_of_the_file(machine: Machine, process: Process) -> None:
+    """A fault behind the end is SIGBUS; where a PMD is mapped already there is no fault."""
+    machine.thp.shmem_enabled = "always"
+    file = process.memfd_create("f")
+    process.pwrite(file, 0, block_bytes(0, 100))
+    addr = process.mmap(HPAGE, file=file, shared=True)
+    for access in (
+        lambda: process.read(addr + 200 * PAGE, 1),
+        lambda: process.write(addr + 200 * PAGE, b"x"),
+    ):
+        with pytest.raises(BusError, match="BUS_ADRERR"):
+            access()
+    process.read(addr, 1)
+    assert process.is_huge(addr)
+    assert process.read(addr + 200 * PAGE, PAGE) == bytes(PAGE)
 
 
 @pytest.mark.parametrize(("offset", "pages"), [(1, 511), (0, 511), (0, 16)])

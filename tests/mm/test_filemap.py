@@ -161,6 +161,35 @@ def test_whoever_wants_a_page_of_a_collapse_waits_and_then_goes_right(
     assert file.inode.alloced == file.f_mapping.nrpages
 
 
+def test_read_that_waited_ends_where_the_file_does_by_then(
+    machine: Machine, process: Process
+) -> None:
+    """The file was cut while the reader slept."""
+    file, addr = memfd(machine, process)
+    collapse = collapse_at_copy(machine, process, addr)
+    reader = blocked(machine, process.pread.steps(file, 0, HPAGE))
+    collapse.finish()
+    process.ftruncate(file, 10 * PAGE + 3)
+    assert reader.finish() == block_bytes()[: 10 * PAGE + 3]
+
+
+@pytest.mark.parametrize("pages", [3, NR])
+def test_page_mapped_again_before_it_is_punched_is_unmapped(
+    machine: Machine, process: Process, pages: int
+) -> None:
+    """Between the unmapping of the hole and its removal a fault may come, of a huge page too."""
+    file, addr = memfd(machine, process)
+    if pages == NR:
+        collapsed(machine, process, addr)
+    punch = machine.spawn(process.fallocate.steps(file, 0, pages * PAGE, punch_hole=True))
+    punch.run_until("release i_mmap_rwsem")
+    assert process.read(addr, PAGE) == page_bytes(0)
+    punch.finish()
+    assert process.pfn(addr) is None
+    machine.audit()
+    assert process.read(addr, HPAGE) == bytes(pages * PAGE) + block_bytes()[pages * PAGE :]
+
+
 @pytest.mark.parametrize("poison", [False, True])
 def test_private_store_waits_for_a_collapse(
     machine: Machine, process: Process, poison: bool

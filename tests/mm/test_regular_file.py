@@ -1,6 +1,7 @@
 """Disk files: the host's bytes, by way of the page cache, and back to the host's disk."""
 
 import errno
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,19 @@ def test_bytes_are_read_once_and_kept(process: Process, path: Path) -> None:
     with path.open("r+b") as host:
         host.write(b"!" * 10)
     assert process.pread(file, 0, 10) == page_bytes(0)[:10]
+
+
+def test_last_page_shows_nothing_of_what_its_frame_held(
+    machine: Machine, process: Process, path: Path
+) -> None:
+    """It is cleared behind the end of the file."""
+    old = process.memfd_create("old")
+    process.pwrite(old, 0, b"!" * 64 * PAGE)
+    process.close(old)
+    machine.lru_add_drain_all()
+    file = process.open(str(path))
+    addr = process.mmap(17 * PAGE, prot=PROT_READ, file=file)
+    assert process.read(addr + 16 * PAGE, PAGE) == b"z" * 100 + bytes(PAGE - 100)
 
 
 def test_empty_file_reads_as_nothing(process: Process, tmp_path: Path) -> None:
@@ -493,6 +507,24 @@ def test_file_opened_for_reading_first_can_be_written_later(process: Process, pa
     process.close(writer)
     process.fsync(reader)
     assert path.read_bytes()[:7] == b"written"
+
+
+def test_file_takes_one_descriptor_of_the_host(path: Path) -> None:
+    """However often it is opened; it is closed when the machine is gone."""
+
+    def descriptors() -> int:
+        links = Path("/proc/self/fd").iterdir()
+        return sum(os.path.realpath(link) == str(path.resolve()) for link in links)
+
+    machine = Machine()
+    process = machine.process("a")
+    for flags in (os.O_RDONLY, os.O_RDWR, os.O_RDONLY, os.O_RDWR):
+        process.open(str(path), flags)
+        assert descriptors() == 1
+    machine.audit()
+    del machine, process
+    gc.collect()
+    assert descriptors() == 0
 
 
 def test_read_only_open_leaves_huge_pages_alone(

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from pykhuge import Advice, BusError, File, KernelPanic, Machine, OutOfMemory, Process, WouldBlock
 from pykhuge.mm.mm_types import ShmemInode
 from pykhuge.mm.page import PG_dirty, PG_uptodate
+from pykhuge.mm.vmscan import _reclaim_file_page
 from pykhuge.mm.xarray import SWAPIN_ERROR
 
 RDWR = os.O_RDWR | os.O_CREAT
@@ -565,6 +566,19 @@ def test_fallocate_keeps_what_is_there(process: Process) -> None:
     assert books(file) == even(4)
 
 
+def test_truncation_forgets_what_was_preallocated_behind(process: Process) -> None:
+    """A hole in the middle does not; the end of the preallocation is that of the file then."""
+    file = memfd(process, PAGE)
+    process.fallocate(file, 0, 30 * PAGE, keep_size=True)
+    process.fallocate(file, 5 * PAGE, 5 * PAGE, punch_hole=True)
+    assert shmem_of(file).fallocend == 30
+    process.fallocate(file, 20 * PAGE, 1 << 30, punch_hole=True)
+    assert shmem_of(file).fallocend == 20
+    process.ftruncate(file, 100)
+    assert shmem_of(file).fallocend == 1
+    assert books(file) == even(1)
+
+
 def test_fallocate_with_keep_size_reaches_behind_the_end(process: Process) -> None:
     """The pages are there for later; truncation to the same size gives them back."""
     file = memfd(process, PAGE)
@@ -831,15 +845,47 @@ def test_page_dirtied_by_a_store_alone_is_swapped(machine: Machine, process: Pro
 def test_preallocated_page_is_cleared_on_its_way_to_swap(
     machine: Machine, process: Process
 ) -> None:
-    """Bytes that were there before must not come back from swap."""
+    """Nobody has looked at it yet: what the frame held before must not come back from swap."""
     old = memfd(process, PAGE, pages=range(1))
+    used = process.cached_pfn(old, 0)
     process.ftruncate(old, 0)
     machine.lru_add_drain_all()
     file = process.memfd_create("f")
     process.fallocate(file, 0, PAGE)
-    addr = swap_out(process, file, 0, 1)
+    machine.lru_add_drain_all()
+    pfn = process.cached_pfn(file, 0)
+    assert pfn == used
+    assert machine.mem.ram.pages[pfn].tobytes() == page_bytes(0)
+    _reclaim_file_page(machine.mem, pfn)
+    machine.lru_add_drain_all()
     assert books(file) == even(0, 1)
-    assert process.read(addr, PAGE) == bytes(PAGE)
+    assert process.pread(file, 0, PAGE) == bytes(PAGE)
+
+
+@pytest.mark.parametrize("huge", ["never", "always"])
+def test_preallocated_pages_are_swapped_not_dropped(
+    machine: Machine, process: Process, huge: str
+) -> None:
+    """They were paid for, so that a store can rely on them; small and huge alike."""
+    mount = machine.tmpfs(huge=huge)
+    file = process.open("f", RDWR, tmpfs=mount)
+    process.fallocate(file, 0, HPAGE)
+    machine.lru_add_drain_all()
+    addr = swap_out(process, file, 0, 8)
+    machine.lru_add_drain_all()
+    assert books(file) == even(NR - 8, 8)
+    assert process.read(addr, 8 * PAGE) == bytes(8 * PAGE)
+
+
+def test_page_punched_in_part_is_dirty(machine: Machine, process: Process) -> None:
+    """It is swapped, not dropped, even if it was all zeros before."""
+    file = memfd(process, PAGE)
+    process.read(process.mmap(PAGE, file=file, shared=True), 1)
+    process.fallocate(file, 10, 10, punch_hole=True)
+    process.munmap(process.mm.vmas[0].vm_start, PAGE)
+    machine.lru_add_drain_all()
+    swap_out(process, file, 0, 1)
+    assert books(file) == even(0, 1)
 
 
 def test_pages_others_map_too_are_not_paged_out(machine: Machine, process: Process) -> None:
