@@ -68,7 +68,12 @@ class FileCalls:
             )
         self.mm.files.append(file)
         if flags & os.O_TRUNC and writable:
-            yield from self._truncate(file, 0)
+            try:
+                yield from self._truncate(file, 0)
+            except GeneratorExit:
+                # A plain call that would have to wait is given up: nobody has the descriptor.
+                self.mem.sched.current.run(self.close.steps(file))
+                raise
         return file
 
     def _open_tmpfs(

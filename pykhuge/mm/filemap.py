@@ -56,7 +56,7 @@ __all__ = [
     "filemap_remove_huge",
     "filemap_remove_pages",
     "find_page",
-    "foresee_truncation",
+    "foresee_page_locks",
     "split_huge_file_page",
     "truncate_pages",
     "unlock_page",
@@ -212,8 +212,8 @@ def split_huge_file_page(mem: Memory, mapping: AddressSpace, head: int) -> bool:
     return True
 
 
-def foresee_truncation(mem: Memory, mapping: AddressSpace, first: int, last: int) -> Steps[None]:
-    """To be asked before a truncation changes anything: it will wait for locked pages."""
+def foresee_page_locks(mem: Memory, mapping: AddressSpace, first: int, last: int) -> Steps[None]:
+    """To be asked before a call changes anything: it will wait for pages [first, last)."""
 
     def unlocked() -> bool:
         return not any(

@@ -8,7 +8,7 @@ from pykhuge.hw.memory import HPAGE_PMD_NR, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.hw.poison import LINE_SHIFT
 from pykhuge.kernel.sched import Steps
 from pykhuge.mm.errors import PageLocked
-from pykhuge.mm.filemap import wait_on_page, wait_on_page_writeback
+from pykhuge.mm.filemap import foresee_page_locks, wait_on_page, wait_on_page_writeback
 from pykhuge.mm.huge_memory import OutOfMemory, shmem_is_huge
 from pykhuge.mm.mm_types import File, Mm, ShmemInode
 from pykhuge.mm.mmzone import Memory
@@ -76,6 +76,8 @@ def vfs_write(mem: Memory, mm: Mm, file: File, offset: int, data: bytes) -> Step
     Raises: OSError ENOSPC, EIO, OutOfMemory if not one could be.
     """
     source, done = np.frombuffer(data, np.uint8), 0
+    behind = -(-(offset + len(source)) // PAGE_SIZE)
+    yield from foresee_page_locks(mem, file.f_mapping, offset >> PAGE_SHIFT, behind)
     while done < len(source):
         at = offset + done
         try:

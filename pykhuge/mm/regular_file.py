@@ -20,7 +20,7 @@ from pykhuge.kernel.sched import Preempt, Steps
 from pykhuge.mm.errors import PageLocked, os_error
 from pykhuge.mm.filemap import (
     add_to_page_cache,
-    foresee_truncation,
+    foresee_page_locks,
     truncate_pages,
     wait_on_page,
     zero_partial_page,
@@ -65,7 +65,7 @@ def do_dentry_open(
     try:
         yield Preempt("i_writecount")
         if inode.i_mapping.nr_thps > 0:
-            yield from foresee_truncation(mem, inode.i_mapping, 0, 1 << 52)
+            yield from foresee_page_locks(mem, inode.i_mapping, 0, 1 << 52)
             # Private copies stay: executables and libraries are mapped that way.
             yield from truncate_pages(mem, inode.i_mapping, 0, 1 << 52, even_cows=False)
     except GeneratorExit:
@@ -254,7 +254,7 @@ def fsync(mem: Memory, file: File) -> Steps[None]:
 def regular_truncate(mem: Memory, inode: RegularInode, size: int) -> Steps[None]:
     """Give the file `size` bytes, on the host too; pages behind the new end leave the cache."""
     if size < inode.i_size:
-        yield from foresee_truncation(mem, inode.i_mapping, size >> PAGE_SHIFT, 1 << 52)
+        yield from foresee_page_locks(mem, inode.i_mapping, size >> PAGE_SHIFT, 1 << 52)
     if size < inode.i_size and size % PAGE_SIZE:
         while True:
             try:

@@ -21,7 +21,7 @@ from pykhuge.mm.filemap import (
     file_page,
     filemap_remove_huge,
     filemap_remove_pages,
-    foresee_truncation,
+    foresee_page_locks,
     split_huge_file_page,
     truncate_pages,
     wait_on_page,
@@ -370,7 +370,7 @@ def shmem_truncate(mem: Memory, inode: ShmemInode, size: int) -> Steps[None]:
     """
     old = inode.i_size
     if size < old:
-        yield from foresee_truncation(mem, inode.i_mapping, size >> PAGE_SHIFT, 1 << 52)
+        yield from foresee_page_locks(mem, inode.i_mapping, size >> PAGE_SHIFT, 1 << 52)
     nr = _pages_in(size) - _pages_in(old)
     if not inode.flags & VM_NORESERVE:
         if nr > 0 and not shmem_acct(mem, nr):
@@ -391,7 +391,7 @@ def shmem_undo_range(
     """
     first = _pages_in(start)
     last = 1 << 52 if end is None else end >> PAGE_SHIFT
-    yield from foresee_truncation(mem, inode.i_mapping, start >> PAGE_SHIFT, last + 1)
+    yield from foresee_page_locks(mem, inode.i_mapping, start >> PAGE_SHIFT, last + 1)
     if start % PAGE_SIZE:
         stop = (start & -PAGE_SIZE) + PAGE_SIZE
         yield from _zero(mem, inode, start, stop if end is None else min(stop, end))
