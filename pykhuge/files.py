@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 from pykhuge.kernel.sched import Steps, Task, steps
 from pykhuge.mm.errors import os_error
-from pykhuge.mm.file_table import fput
+from pykhuge.mm.file_table import fput, hold_file, release_file
 from pykhuge.mm.mm_types import File, Mm, RegularInode, ShmemInode, ShmemSuperBlock
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import PG_private
@@ -24,6 +24,8 @@ from pykhuge.mm.shmem import (
 )
 
 __all__ = ["FileCalls"]
+
+T = TypeVar("T")
 
 _OPEN_FLAGS = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 
@@ -123,7 +125,7 @@ class FileCalls:
             raise os_error(errno.EBADF, f"{file.inode.name} is not open for reading")
         _check_offset("offset", offset)
         _check_offset("length", length)
-        return vfs_read(self.mem, self.mm, file, offset, length)
+        return self._held(file, vfs_read(self.mem, self.mm, file, offset, length))
 
     @steps
     def pwrite(self, file: File, offset: int, data: bytes) -> Steps[int]:
@@ -133,14 +135,14 @@ class FileCalls:
         """
         self._check_open(file, writable=True)
         _check_offset("offset", offset)
-        return vfs_write(self.mem, self.mm, file, offset, data)
+        return self._held(file, vfs_write(self.mem, self.mm, file, offset, data))
 
     @steps
     def ftruncate(self, file: File, length: int) -> Steps[None]:
         """ftruncate(2): the file ends at `length`; what was behind is gone from everywhere."""
         self._check_open(file, writable=True)
         _check_offset("length", length)
-        return self._truncate(file, length)
+        return self._held(file, self._truncate(file, length))
 
     def _truncate(self, file: File, length: int) -> Steps[None]:
         if isinstance(file.inode, ShmemInode):
@@ -170,15 +172,13 @@ class FileCalls:
         if not isinstance(inode, ShmemInode):
             raise os_error(errno.EOPNOTSUPP, f"{inode.name}: allowed for shmem files")
         if punch_hole:
-            return shmem_undo_range(self.mem, inode, offset, end, even_cows=False)
-        return shmem_fallocate(
-            self.mem,
-            inode,
-            offset,
-            end,
-            keep_size=keep_size,
-            memcg=self.mm.memcg,
-            nid=self.mm.preferred_node,
+            return self._held(file, shmem_undo_range(self.mem, inode, offset, end, even_cows=False))
+        memcg, nid = self.mm.memcg, self.mm.preferred_node
+        return self._held(
+            file,
+            shmem_fallocate(
+                self.mem, inode, offset, end, keep_size=keep_size, memcg=memcg, nid=nid
+            ),
         )
 
     @steps
@@ -189,7 +189,7 @@ class FileCalls:
         """
         self._check_open(file)
         if isinstance(file.inode, RegularInode):
-            yield from fsync(self.mem, file)
+            yield from self._held(file, fsync(self.mem, file))
 
     def attach_private(self, file: File, index: int, *, releasable: bool = True) -> None:
         """Let the file system keep data of its own (buffer heads) with cached page `index`.
@@ -212,6 +212,23 @@ class FileCalls:
         if entry <= 0:
             return None
         return entry + index % 512 if file.f_mapping.i_pages.order(index) else entry
+
+    def _held(self, file: File, call: Steps[T]) -> Steps[T]:
+        """`call` with a reference to `file`, which another thread may close meanwhile (fdget)."""
+        self._check_open(file)
+        hold_file(self.mem, file)
+        try:
+            result = yield from call
+        except GeneratorExit:
+            # A plain call that would have to wait is given up.
+            self.mem.sched.current.run(release_file(self.mem, file))
+            raise
+        except BaseException:
+            if self.mem.panic is None:
+                yield from release_file(self.mem, file)
+            raise
+        yield from release_file(self.mem, file)
+        return result
 
     def _check_open(self, file: File, *, writable: bool = False) -> None:
         self.check_alive()

@@ -232,18 +232,9 @@ class Process(UserAccess, FileCalls):
             self._check_open(file)
         elif shared and length > 0:
             return (yield from self._mmap_shared(addr, length, flags, fixed, noreserve))
-        return (
-            yield from do_mmap(
-                self.mem,
-                self.mm,
-                addr,
-                length,
-                flags,
-                fixed=fixed,
-                file=file,
-                pgoff=offset >> PAGE_SHIFT,
-            )
-        )
+        pgoff = offset >> PAGE_SHIFT
+        call = do_mmap(self.mem, self.mm, addr, length, flags, fixed=fixed, file=file, pgoff=pgoff)
+        return (yield from call if file is None else self._held(file, call))
 
     def _mmap_shared(
         self, addr: int | None, length: int, flags: int, fixed: bool, noreserve: bool

@@ -218,6 +218,22 @@ def test_fork_with_a_huge_file_pmd(machine: Machine, process: Process) -> None:
     assert machine.vmstat()["nr_shmem_pmdmapped"] == 1
 
 
+def test_fork_with_a_huge_file_pmd_beside_private_copies(
+    machine: Machine, process: Process
+) -> None:
+    """The copies are handed on; the file's PMD is left to a fault (copy_huge_pmd)."""
+    file = huge_file(machine, process, 2)
+    addr = process.mmap(2 * HPAGE, file=file)
+    process.read(addr, 1)
+    process.write(addr + HPAGE, b"own")
+    child = process.fork()
+    assert (rss(child)["MM_SHMEMPAGES"], rss(child)["MM_ANONPAGES"]) == (0, 1)
+    assert not child.is_huge(addr)
+    machine.audit()
+    assert child.read(addr, 2 * HPAGE) == process.read(addr, 2 * HPAGE)
+    assert child.is_huge(addr)
+
+
 def test_descriptors_are_shared_with_the_child(machine: Machine, process: Process) -> None:
     """The child may use and close them; the file goes with the last one."""
     file = memfd(process, 1)

@@ -306,6 +306,58 @@ def test_open_for_writing_waits_for_a_collapse_under_way(
     assert process.read(addr, PAGE) == b"new" + page_bytes(0)[3:]
 
 
+OTHERS: dict[str, tuple[Steps, object]] = {
+    "pread": (lambda p, file, _: p.pread.steps(file, 0, PAGE), page_bytes(0)),
+    "pwrite": (lambda p, file, _: p.pwrite.steps(file, 0, b"x" * HPAGE), HPAGE),
+    "ftruncate": (lambda p, file, _: p.ftruncate.steps(file, PAGE), None),
+    "punch": (lambda p, file, _: p.fallocate.steps(file, 0, PAGE, punch_hole=True), None),
+    "fallocate": (lambda p, file, _: p.fallocate.steps(file, 0, 2 * HPAGE), None),
+}
+
+
+@pytest.mark.parametrize("call", OTHERS)
+def test_file_closed_by_another_thread_stays_for_a_call_under_way(
+    machine: Machine, process: Process, call: str
+) -> None:
+    """The call holds a reference (fdget); with its end the file goes."""
+    file, addr = memfd(machine, process)
+    collapse = collapse_at_copy(machine, process, addr)
+    make, result = OTHERS[call]
+    caller = blocked(machine, make(process, file, addr))
+    process.munmap(addr, HPAGE)
+    process.close(file)
+    collapse.finish()
+    machine.audit()
+    assert machine.mem.inodes == [file.inode]
+    assert caller.finish() == result
+    machine.lru_add_drain_all()
+    machine.audit()
+    assert machine.mem.inodes == []
+    assert machine.vmstat()["nr_shmem"] == machine.mem.vm_committed_as == 0
+
+
+def test_file_closed_while_mmap_waits_is_mapped(machine: Machine, process: Process) -> None:
+    """The descriptor was looked up before."""
+    file, addr = memfd(machine, process)
+    mapper = machine.spawn(process.mmap.steps(HPAGE, file=file, shared=True))
+    mapper.run_until("acquire mmap_lock for write")
+    process.munmap(addr, HPAGE)
+    process.close(file)
+    where = mapper.finish()
+    assert isinstance(where, int)
+    assert process.read(where, HPAGE) == block_bytes()
+
+
+def test_call_that_begins_after_the_close_is_refused(process: Process) -> None:
+    """Steps made before the close, and first run after it."""
+    file = process.memfd_create("f")
+    task = Task[Any](process.mem.sched, "late", 1)
+    task.start(process.pwrite.steps(file, 0, b"x"))
+    process.close(file)
+    with pytest.raises(OSError, match="not open here"):
+        task.finish()
+
+
 def test_drop_caches_passes_over_a_collapse(
     machine: Machine, process: Process, tmp_path: Path
 ) -> None:

@@ -914,6 +914,69 @@ def test_pageout_of_a_huge_page_splits_it_first(machine: Machine, process: Proce
     assert books(file) == even(NR)
 
 
+def test_pageout_of_a_huge_page_gives_up_what_lies_behind_the_end(
+    machine: Machine, process: Process
+) -> None:
+    """The split drops those pages; they are not charged for any longer."""
+    file = process.memfd_create("f")
+    machine.thp.shmem_enabled = "always"
+    process.pwrite(file, 0, block_bytes(0, 100))
+    addr = process.mmap(HPAGE, file=file, shared=True)
+    process.read(addr, 1)
+    assert books(file) == even(NR)
+    process.madvise(addr, PAGE, Advice.MADV_PAGEOUT)
+    machine.lru_add_drain_all()
+    assert books(file) == even(99, 1)
+    assert machine.mem.vm_committed_as == 100
+    assert process.pread(file, 0, HPAGE) == block_bytes(0, 100)
+
+
+def test_private_copies_on_swap_go_with_a_truncation(machine: Machine, process: Process) -> None:
+    """Their slots are freed, but for those before the new end."""
+    file = memfd(process, 4 * PAGE, pages=range(4))
+    addr = process.mmap(4 * PAGE, file=file)
+    process.write(addr, b"p" * 4 * PAGE)
+    machine.lru_add_drain_all()
+    process.madvise(addr, 4 * PAGE, Advice.MADV_PAGEOUT)
+    assert rss(process)["MM_SWAPENTS"] == 4
+    process.ftruncate(file, PAGE)
+    machine.lru_add_drain_all()
+    assert rss(process)["MM_SWAPENTS"] == len(machine.mem.swap.swap_map) == 1
+    assert process.read(addr, PAGE) == b"p" * PAGE
+
+
+def test_held_pages_outlive_their_truncation(machine: Machine, process: Process) -> None:
+    """Pinned or referenced from outside they are nobody's, and go with the last who has them."""
+    file = memfd(process, 4 * PAGE, pages=range(4))
+    addr = process.mmap(4 * PAGE, file=file, shared=True)
+    held = [process.pin(addr, 4 * PAGE), process.get(addr, PAGE)]
+    machine.lru_add_drain_all()
+    process.ftruncate(file, 0)
+    assert books(file) == even(0)
+    for each in held:
+        machine.audit()
+        each.release()
+    process.munmap(addr, 4 * PAGE)
+    assert machine.vmstat()["nr_free_pages"] == machine.mem.nr_pages - 1
+
+
+def test_preallocation_that_would_wait_is_given_up_whole(
+    machine: Machine, process: Process
+) -> None:
+    """Pages added before the one that a collapse holds go again."""
+    file = memfd(process, 2 * HPAGE, pages=range(NR, 2 * NR))
+    addr = process.mmap(2 * HPAGE, file=file, shared=True)
+    process.read(addr + HPAGE, HPAGE)
+    machine.lru_add_drain_all()
+    task = machine.spawn(machine.collapse.steps(process, addr + HPAGE, is_khugepaged=False))
+    task.run_until("copy")
+    with pytest.raises(WouldBlock):
+        process.fallocate(file, 0, 3 * HPAGE)
+    assert (books(file), file.inode.i_size) == (even(NR), 2 * HPAGE)
+    assert shmem_of(file).fallocend == 0
+    task.finish()
+
+
 def test_full_swap_keeps_pages_in_memory(make_machine: MakeMachine) -> None:
     """What has no slot stays, dirty and found by the next fault."""
     machine = make_machine(swap=3 * PAGE)
