@@ -453,7 +453,7 @@ def test_last_user_gone_during_the_copy(machine: Machine) -> None:
 def test_second_collapse_of_a_block_leaves_the_first_alone(
     machine: Machine, path: Path, sort: str
 ) -> None:
-    """It gives up on a disk file's locked page; for shmem's it waits, then finds pages off the LRU."""
+    """It gives up on a disk file's locked page, and waits for shmem's to find pages off the LRU."""
     block = block_of(sort, machine, path, others=[range(9)])
     block.poison(100)
     slots, other = block.slots(), block.maps[1]
