@@ -364,12 +364,12 @@ def shmem_writepage(mem: Memory, inode: ShmemInode, index: int, pfn: int) -> boo
 
 
 def shmem_truncate(mem: Memory, inode: ShmemInode, size: int) -> Steps[None]:
-    """Give the file `size` bytes; what is cut off is freed.
+    """Give the file `size` bytes; what is cut off is freed, or was preallocated behind the end.
 
     Raises: OSError ENOMEM if growth cannot be committed. Kernel: shmem_setattr.
     """
     old = inode.i_size
-    if size < old:
+    if size <= old:
         yield from foresee_page_locks(mem, inode.i_mapping, size >> PAGE_SHIFT, 1 << 52)
     nr = _pages_in(size) - _pages_in(old)
     if not inode.flags & VM_NORESERVE:
@@ -378,7 +378,7 @@ def shmem_truncate(mem: Memory, inode: ShmemInode, size: int) -> Steps[None]:
         if nr < 0:
             _commit(mem, nr)
     inode.i_size = size
-    if size < old:
+    if size <= old:
         yield from shmem_undo_range(mem, inode, size, None, even_cows=True)
 
 

@@ -569,6 +569,18 @@ def test_fallocate_keeps_what_is_there(process: Process) -> None:
     assert books(file) == even(4)
 
 
+@pytest.mark.parametrize("size", [0, 100, PAGE])
+def test_truncation_to_the_size_it_has_frees_what_is_behind(process: Process, size: int) -> None:
+    """Preallocated pages behind the end go, though the size stays; growth keeps them."""
+    file = memfd(process, size)
+    process.fallocate(file, 0, 4 * PAGE, keep_size=True)
+    process.ftruncate(file, size)
+    assert books(file) == even(-(-size // PAGE))
+    process.fallocate(file, 0, 4 * PAGE, keep_size=True)
+    process.ftruncate(file, size + PAGE)
+    assert books(file) == even(4)
+
+
 def test_truncation_forgets_what_was_preallocated_behind(process: Process) -> None:
     """A hole in the middle does not; the end of the preallocation is that of the file then."""
     file = memfd(process, PAGE)
@@ -583,7 +595,7 @@ def test_truncation_forgets_what_was_preallocated_behind(process: Process) -> No
 
 
 def test_fallocate_with_keep_size_reaches_behind_the_end(process: Process) -> None:
-    """The pages are there for later; truncation to the same size gives them back."""
+    """The pages are there for later; a smaller size gives them back."""
     file = memfd(process, PAGE)
     process.fallocate(file, 0, 4 * PAGE, keep_size=True)
     assert file.inode.i_size == PAGE
@@ -917,10 +929,13 @@ def test_pageout_of_a_huge_page_splits_it_first(machine: Machine, process: Proce
     assert books(file) == even(NR)
 
 
+@pytest.mark.parametrize("swap", ["16M", 0])
 def test_pageout_of_a_huge_page_gives_up_what_lies_behind_the_end(
-    machine: Machine, process: Process
+    make_machine: MakeMachine, swap: str | int
 ) -> None:
     """The split drops those pages; they are not charged for any longer."""
+    machine = make_machine(swap=swap)
+    process = machine.process("a")
     file = process.memfd_create("f")
     machine.thp.shmem_enabled = "always"
     process.pwrite(file, 0, block_bytes(0, 100))
@@ -929,7 +944,7 @@ def test_pageout_of_a_huge_page_gives_up_what_lies_behind_the_end(
     assert books(file) == even(NR)
     process.madvise(addr, PAGE, Advice.MADV_PAGEOUT)
     machine.lru_add_drain_all()
-    assert books(file) == even(99, 1)
+    assert books(file) == (even(99, 1) if swap else even(100))
     assert machine.mem.vm_committed_as == 100
     assert process.pread(file, 0, HPAGE) == block_bytes(0, 100)
 
