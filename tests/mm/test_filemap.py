@@ -431,6 +431,20 @@ def test_split_makes_small_pages_that_nobody_maps(machine: Machine, process: Pro
     assert process.read(addr, HPAGE) == block_bytes()
 
 
+def test_split_takes_pages_out_of_page_tables_too(machine: Machine, process: Process) -> None:
+    """A mapping by PTEs is undone like one by a PMD, and its stores are not lost."""
+    file, addr = memfd(machine, process)
+    collapsed(machine, process, addr)
+    some = process.mmap(10 * PAGE, file=file, shared=True)
+    process.write(some + 3 * PAGE, b"by a PTE")
+    process.write(addr + 3 * PAGE + 8, b"by a PMD")
+    process.fallocate(file, 300 * PAGE, 1, punch_hole=True)
+    assert process.pfn(some + 3 * PAGE) is process.pfn(addr) is None
+    assert rss(process)["MM_SHMEMPAGES"] == machine.vmstat()["nr_mapped"] == 0
+    machine.audit()
+    assert process.read(some + 3 * PAGE, 16) == b"by a PTEby a PMD"
+
+
 def test_page_that_somebody_holds_is_not_split(machine: Machine, process: Process) -> None:
     """A pin, or a reference from outside, is more than its mappings explain."""
     file, addr = memfd(machine, process)

@@ -639,12 +639,11 @@ operations = st.lists(
         st.tuples(st.sampled_from(["pwrite", "store", "load", "pread"]), offsets, lengths),
         st.tuples(st.just("truncate"), offsets, st.just(0)),
         st.tuples(
-            st.sampled_from(
-                ["fsync", "flush", "finish_io", "drop_caches", "pageout", "collapse", "close"]
-            ),
+            st.sampled_from(["fsync", "flush", "finish_io", "drop_caches", "pageout", "close"]),
             st.just(0),
             st.just(0),
         ),
+        st.tuples(st.just("collapse"), st.just(0), st.just(0)),
     ),
     min_size=3,
     max_size=20,
@@ -715,11 +714,22 @@ class Shadowed:
             "finish_io": machine.finish_io,
             "drop_caches": machine.drop_caches,
             "pageout": lambda: process.madvise(self.code, 40 * PAGE, Advice.MADV_PAGEOUT),
-            "collapse": lambda: machine.collapse(process, self.code, is_khugepaged=False),
+            "collapse": self.collapse,
             "close": self.close,
         }
         machine.lru_add_drain_all()
         calls.get(name, machine.lru_add_drain_all)()
+
+    def collapse(self) -> None:
+        """Make the first block huge, if it is all there: nobody may write, nothing be dirty."""
+        if len(self.expected) < HPAGE:
+            return
+        self.close()
+        self.sync()
+        self.process.read(self.code, HPAGE)
+        self.machine.lru_add_drain_all()
+        self.machine.collapse(self.process, self.code, is_khugepaged=False)
+        assert self.process.is_huge(self.code)
 
     def sync(self) -> None:
         self.process.fsync(self.reader)
