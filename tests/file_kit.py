@@ -245,9 +245,10 @@ def disk_block(
     path.write_bytes(block_bytes()[:length])
     process = machine.process("app")
     file = process.open(str(path))
+    for first, last in runs(cached):
+        file.ra_pages = last - first
+        process.pread(file, first * PAGE, 1)
     file.ra_pages = 0
-    for page in cached:
-        process.pread(file, page * PAGE, 1)
     addr = map_block(process, file)
     block = FileBlock(machine, file, [Mapping(process, addr)])
     touch_pages(process, addr, set(mapped) & set(cached))
