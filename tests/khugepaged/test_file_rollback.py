@@ -150,10 +150,12 @@ def test_cache_and_contents_are_as_before_wherever_the_poison_is(
         for line in each:
             block.poison(page, line)
     hpage = dirty_free_memory(machine, GARBAGE)
-    before, free = cache_snapshot(block.file, machine), machine.vmstat()["nr_free_pages"]
+    before, charged = cache_snapshot(block.file, machine), charges(block)
+    free = machine.vmstat()["nr_free_pages"]
 
     assert block.collapse(is_khugepaged=is_khugepaged) is S.SCAN_COPY_MC
 
+    assert charges(block) == charged
     (event,) = file_collapses(machine)
     first = min(bad)
     assert (event.hpage_pfn, event.index, event.nr) == (hpage, first, NR)
@@ -178,6 +180,13 @@ def test_cache_and_contents_are_as_before_wherever_the_poison_is(
 
     look_again(block, askew, skew, bad)
     machine.audit()
+
+
+def charges(block: FileBlock) -> list[int]:
+    """What the file is charged for in each of its books."""
+    inode = block.shmem
+    committed = block.machine.mem.vm_committed_as
+    return [inode.alloced, inode.i_blocks, inode.i_mapping.nrpages, committed]
 
 
 def look_again(block: FileBlock, askew: Mapping, skew: int, bad: dict[int, set[int]]) -> None:
@@ -370,7 +379,7 @@ def test_disk_file_can_be_dropped_and_read_anew_after_the_rollback(
 
 
 def test_truncation_after_the_rollback_frees_all_that_was_charged(machine: Machine) -> None:
-    """Holes were given back once, not twice and not never: an empty file is charged nothing."""
+    """Holes were given back once, not twice: an empty file is charged nothing."""
     block = shmem_block(machine, range(0, NR, 3), tmpfs=machine.tmpfs("4M"))
     block.poison(300)
     assert block.collapse() is S.SCAN_COPY_MC
