@@ -3,9 +3,9 @@
 import os
 
 import pytest
-from collapse_kit import HPAGE
+from collapse_kit import HPAGE, PAGE
 
-from pykhuge import Machine, Process
+from pykhuge import Advice, Machine, Process
 from pykhuge.kernel.sched import Task, WouldBlock
 from pykhuge.mm.mm_types import File
 
@@ -49,3 +49,20 @@ def test_open_that_would_wait_to_truncate_leaves_nothing_open(
     assert file.inode.i_count == 1
     assert file.inode.i_size == HPAGE
     task.finish()
+
+
+def test_truncation_frees_a_page_that_swap_could_not_take(
+    machine: Machine, process: Process
+) -> None:
+    """A poisoned page waits in the swap cache in vain; with its slot it is freed too."""
+    file = process.memfd_create("x")
+    process.ftruncate(file, PAGE)
+    addr = process.mmap(PAGE, file=file, shared=True)
+    process.write(addr, b"x")
+    pfn = process.poison(addr, 0)
+    machine.lru_add_drain_all()
+    process.madvise(addr, PAGE, Advice.MADV_PAGEOUT)
+    assert list(machine.mem.swap.cache.values()) == [pfn]
+    process.ftruncate(file, 0)
+    assert not machine.mem.swap.swap_map
+    assert machine.mem.pages.refcount[pfn] == 0

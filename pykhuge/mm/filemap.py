@@ -34,7 +34,7 @@ from pykhuge.mm.page_table import pmd_trans_huge, pte_pfn
 from pykhuge.mm.page_writeback import clear_page_dirty, finish_io
 from pykhuge.mm.rmap import pmd_of, try_to_unmap
 from pykhuge.mm.swap import put_pages
-from pykhuge.mm.swap_state import swap_free
+from pykhuge.mm.swap_state import free_swap_cache, swap_free
 from pykhuge.mm.vmstat import (
     NR_FILE_PAGES,
     NR_FILE_THPS,
@@ -282,6 +282,8 @@ def _remove_small(mem: Memory, mapping: AddressSpace, indexes: Pfns, entries: Pf
         for slot in slots:
             mem.swap.shmem.discard(slot)
             swap_free(mem, slot)
+            if (cached := mem.swap.cache.get(slot)) is not None:
+                free_swap_cache(mem, np.array([cached]))
         if isinstance(mapping.host, ShmemInode):
             mapping.host.swapped -= len(slots)
     indexes, pfns = indexes[~values], entries[~values]
