@@ -19,11 +19,18 @@ from pykhuge.kernel.sched import Acquire, Release, Steps, Task, steps
 from pykhuge.khugepaged.control import CollapseControl, KhugepagedSettings
 from pykhuge.khugepaged.madvise import madvise_collapse
 from pykhuge.mm import userfaultfd
-from pykhuge.mm.errors import SegmentationFault, os_error
+from pykhuge.mm.errors import BUS_MCEERR_AR, BusError, SegmentationFault, os_error
 from pykhuge.mm.fault import find_vma, handle_mm_fault
 from pykhuge.mm.file_table import get_file, release_file
 from pykhuge.mm.fork import dup_mmap
-from pykhuge.mm.gup import LockedPage, UserPages, follow_page, get_user_pages, lock_page
+from pykhuge.mm.gup import (
+    EHWPOISON,
+    LockedPage,
+    UserPages,
+    follow_page,
+    get_user_pages,
+    lock_page,
+)
 from pykhuge.mm.migrate_device import migrate_to_device
 from pykhuge.mm.mm import (
     change_flags,
@@ -289,7 +296,7 @@ class Process(UserAccess, FileCalls):
             low, high = max(addr & -PAGE_SIZE, vma.vm_start), min(end, vma.vm_end)
             try:
                 yield from handle_mm_fault(self.mem, self.mm, low, high, write=write)
-            except SegmentationFault as fault:
+            except (SegmentationFault, BusError) as fault:
                 raise os_error(errno.ENOMEM, f"{fault.address:#x} cannot be touched") from None
 
     @steps
@@ -367,6 +374,9 @@ class Process(UserAccess, FileCalls):
             mapped = vmas_in(self.mm, fault.address, fault.address + 1)
             number = errno.EINVAL if mapped else errno.ENOMEM
             raise os_error(number, f"{fault.address:#x} cannot be touched") from None
+        except BusError as fault:
+            number = EHWPOISON if fault.code == BUS_MCEERR_AR else errno.EFAULT
+            raise os_error(number, str(fault)) from None
 
     def _advise(self, start: int, end: int, advice: Advice) -> Steps[None]:
         if advice in _FLAGS:

@@ -19,7 +19,14 @@ from pykhuge.mm.swap import put_pages
 
 EHWPOISON = 133  # the errno module has no name for it
 
-__all__ = ["LockedPage", "UserPages", "follow_page", "get_user_pages", "lock_page"]
+__all__ = [
+    "EHWPOISON",
+    "LockedPage",
+    "UserPages",
+    "follow_page",
+    "get_user_pages",
+    "lock_page",
+]
 
 
 class UserPages:

@@ -597,6 +597,34 @@ def test_remove_needs_a_shared_writable_shmem_mapping(process: Process) -> None:
     assert process.pread(file, 0, PAGE) == page_bytes(0)
 
 
+@pytest.mark.parametrize("advice", [Advice.MADV_POPULATE_READ, Advice.MADV_POPULATE_WRITE])
+def test_populate_behind_the_end_is_efault(process: Process, advice: Advice) -> None:
+    """No signal: the call returns, and what lies before the end is there."""
+    addr = process.mmap(4 * PAGE, file=memfd(process, 2), shared=True)
+    with expect(errno.EFAULT):
+        process.madvise(addr, 4 * PAGE, advice)
+    assert rss(process)["MM_SHMEMPAGES"] == 2
+
+
+def test_populate_that_meets_poison_is_ehwpoison(process: Process) -> None:
+    """The copy that a private store would need; the host and the task live."""
+    addr = process.mmap(PAGE, file=memfd(process, 1))
+    process.read(addr, 1)
+    process.poison(addr)
+    with expect(133):
+        process.madvise(addr, PAGE, Advice.MADV_POPULATE_WRITE)
+    with expect(errno.ENOMEM):
+        process.mlock(addr, PAGE)
+
+
+def test_mlock_behind_the_end_is_enomem(machine: Machine, process: Process) -> None:
+    """The range is mlocked all the same, as far as the file goes."""
+    addr = process.mmap(4 * PAGE, file=memfd(process, 2), shared=True)
+    with expect(errno.ENOMEM):
+        process.mlock(addr, 4 * PAGE)
+    assert machine.vmstat()["nr_mlock"] == 2
+
+
 def test_populate_reads_and_writes_ahead(process: Process) -> None:
     """MADV_POPULATE_READ maps without dirtying, _WRITE copies in private mappings."""
     file = memfd(process, 4)
