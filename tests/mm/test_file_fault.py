@@ -368,6 +368,18 @@ def test_touching_what_lies_behind_the_end_is_sigbus(
     assert file.inode.i_size == 4
 
 
+def test_store_across_the_end_fills_no_hole_behind_it(process: Process) -> None:
+    """What lies before the end is written, page by page, up to it."""
+    file = process.memfd_create("f")
+    process.ftruncate(file, 2 * PAGE)
+    addr = process.mmap(8 * PAGE, file=file, shared=True)
+    with pytest.raises(BusError) as raised:
+        process.write(addr, block_bytes(0, 5))
+    assert raised.value.address == addr + 2 * PAGE
+    assert file.f_mapping.nrpages == 2
+    assert process.pread(file, 0, 8 * PAGE) == block_bytes(0, 2)
+
+
 def test_growing_the_file_makes_the_mapping_usable(process: Process) -> None:
     """The VMA need not be mapped anew."""
     file = process.memfd_create("f")

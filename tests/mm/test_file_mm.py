@@ -767,6 +767,23 @@ def test_write_protection_outlives_the_page(machine: Machine, process: Process, 
     process.write(addr, b"x")
 
 
+def test_munmap_forgets_write_protection(process: Process) -> None:
+    """Also where the page table stays, because another mapping has its pages there."""
+    file = memfd(process, 2)
+    process.mmap(PAGE, addr=BASE, fixed=True)
+    process.write(BASE, b"keeps the table")
+    addr = process.mmap(2 * PAGE, addr=BASE + PAGE, fixed=True, file=file, shared=True)
+    process.read(addr, PAGE)
+    uffd = process.userfaultfd()
+    uffd.register(addr, 2 * PAGE, missing=False, wp=True)
+    uffd.writeprotect(addr, 2 * PAGE)
+    process.madvise(addr, PAGE, Advice.MADV_DONTNEED)
+    assert word(process, BASE, 1)
+    assert word(process, BASE, 2)
+    process.munmap(addr, 2 * PAGE)
+    assert word(process, BASE, 1) == word(process, BASE, 2) == 0
+
+
 def test_protecting_a_huge_file_page_splits_its_pmd(machine: Machine, process: Process) -> None:
     """File mappings are protected entry by entry; the page itself stays huge."""
     file = huge_file(machine, process)
