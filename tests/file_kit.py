@@ -17,7 +17,6 @@ from pykhuge import PROT_EXEC, PROT_READ, Advice, File, Machine, Process, ScanRe
 from pykhuge.hw.poison import Mce
 from pykhuge.khugepaged.trace_events import mm_khugepaged_collapse_file, mm_khugepaged_scan_file
 from pykhuge.mm.mm_types import ShmemInode, ShmemSuperBlock
-from pykhuge.mm.page import PG_head
 from pykhuge.mm.page_alloc import alloc_huge_page
 from pykhuge.mm.swap import put_pages
 
@@ -350,8 +349,3 @@ def file_collapses(machine: Machine) -> list[mm_khugepaged_collapse_file]:
 def machine_checks(machine: Machine) -> list[Mce]:
     """The machine-check log."""
     return machine.mem.poison.log
-
-
-def is_compound(machine: Machine, pfn: int) -> bool:
-    """Whether a frame is the head of a huge page."""
-    return bool(machine.mem.pages.flags[pfn] & PG_head)

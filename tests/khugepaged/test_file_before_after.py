@@ -20,6 +20,7 @@ from file_kit import (
     cache_snapshot,
     dirty_free_memory,
     disk_block,
+    file_collapses,
     fill_file,
     map_block,
     shared_anonymous_block,
@@ -35,10 +36,11 @@ from pykhuge.mm.page import (
     PG_head,
     PG_locked,
     PG_lru,
+    PG_private,
     PG_swapbacked,
     PG_uptodate,
 )
-from pykhuge.mm.vmstat import Ledger
+from pykhuge.mm.vmstat import NR_FILE_PAGES, NR_SHMEM, NR_SHMEM_THPS, Ledger
 
 S = ScanResult
 EVEN, ODD = range(0, NR, 2), range(1, NR, 2)
@@ -452,7 +454,8 @@ def put_back(block: FileBlock, held: list[int]) -> None:
     """Cell "old pages": refcount 1 for the cache and one for each mapping left, on the LRU."""
     pages = block.machine.mem.pages
     pfns = np.array([block.pfn(page) for page in held])
-    assert (pages.refcount[pfns] == 1 + pages.mapcount[pfns]).all()
+    private = pages.flags[pfns] & np.uint32(PG_private) != 0
+    assert (pages.refcount[pfns] == 1 + pages.mapcount[pfns] + private).all()
     assert (pages.flags[pfns] & np.uint32(PG_lru | PG_uptodate) == PG_lru | PG_uptodate).all()
     assert not (pages.flags[pfns] & np.uint32(PG_locked | PG_frozen)).any()
     block.machine.audit()
@@ -528,7 +531,16 @@ def test_copy_mc_of_a_disk_file_undoes_nr_thps_and_keeps_what_was_read(
     put_back(block, list(ALL))
 
 
-@pytest.mark.parametrize("failing", [locked_page, referenced_page])
+def private_page(block: FileBlock, layout: Layout) -> tuple[Stop, Callable[[], None]]:
+    """The file system needs what it keeps with the page, and does not give it up."""
+    page = middle(layout)
+    block.process.attach_private(block.file, page, releasable=False)
+    return Stop(S.SCAN_PAGE_HAS_PRIVATE, page), lambda: block.process.attach_private(
+        block.file, page
+    )
+
+
+@pytest.mark.parametrize("failing", [locked_page, referenced_page, private_page])
 def test_scan_failure_of_a_disk_file_never_counts_a_huge_page(
     machine: Machine, path: Path, layout: Layout, failing: Failing
 ) -> None:
@@ -593,6 +605,8 @@ def test_write_open_race_moves_nothing_but_what_was_unmapped(
     assert postings(ledger, "nr_thps") == [1, -1]
     for counter in NEVER - {"nr_file_pages"}:
         assert postings(ledger, counter) == []
+    (event,) = file_collapses(machine)
+    assert (event.index, event.nr, event.result) == (NR, NR, S.SCAN_FAIL)
     opening.finish()
     machine.lru_add_drain_all()
     put_back(block, list(ALL))
@@ -671,3 +685,35 @@ def test_collapse_of_executable_shmem_is_no_different(machine: Machine) -> None:
     dirty_free_memory(machine)
     assert machine.collapse(other.process, other.addr) is S.SCAN_SUCCEED
     assert other.process.read(other.addr, HPAGE) == block.content()
+
+
+def per_node(machine: Machine, item: int) -> list[int]:
+    return [node[item] for node in machine.mem.vmstat.node]
+
+
+def test_counters_of_other_nodes_stay_behind(make_machine: MakeMachine) -> None:
+    """Holes count on the huge page's node, old pages stay counted on theirs; a rollback moves none.
+
+    Linux does the same: node by node the numbers drift, their sum does not.
+    """
+    machine = make_machine("64M", nodes=2)
+    process = machine.process()
+    file = process.memfd_create("nodes")
+    process.ftruncate(file, HPAGE)
+    process.node = 1
+    fill_file(process, file, range(300))
+    process.node = 0
+    fill_file(process, file, range(300, 500))
+    addr = map_block(process, file)
+    process.read(addr, PAGE)
+    machine.lru_add_drain_all()
+    machine.thp.shmem_enabled = "advise"
+    bad = process.cached_pfn(file, 0)
+    assert bad is not None
+    machine.mem.poison.poison(bad, 0)
+    assert machine.collapse(process, addr) is S.SCAN_COPY_MC
+    assert per_node(machine, NR_SHMEM) == per_node(machine, NR_FILE_PAGES) == [200, 300]
+    machine.mem.poison.unpoison(bad)
+    assert machine.collapse(process, addr) is S.SCAN_SUCCEED
+    assert per_node(machine, NR_SHMEM) == per_node(machine, NR_FILE_PAGES) == [200, 312]
+    assert per_node(machine, NR_SHMEM_THPS) == [0, 512]

@@ -25,6 +25,7 @@ from file_kit import (
     machine_checks,
     map_block,
     memfd,
+    shared_anonymous_block,
     shmem_block,
     slots_of,
     touch_pages,
@@ -388,6 +389,38 @@ def test_truncation_after_the_rollback_frees_all_that_was_charged(machine: Machi
     assert (inode.alloced, inode.i_blocks, inode.i_mapping.nrpages) == (0, 0, 0)
     assert (inode.i_sb.used_blocks, machine.mem.vm_committed_as) == (0, 0)
     assert inode.i_mapping.i_pages.nodes == {}
+
+
+def test_shared_anonymous_memory_reads_back_in_parent_and_children(machine: Machine) -> None:
+    """Fork shares the block; whoever looks after the rollback finds every byte."""
+    block = shared_anonymous_block(machine, range(3, 400), others=[range(50), []])
+    pfn = block.process.poison(block.addr + 200 * PAGE, 12)
+    assert block.collapse() is S.SCAN_COPY_MC
+    for mapping in block.maps:
+        assert read_around(mapping, {200: {12}}) == without(block.content(), {200: {12}})
+    machine.mem.poison.unpoison(pfn)
+    for process, addr in block.maps:
+        assert process.read(addr, HPAGE) == block.content()
+
+
+def test_mlocked_pages_are_unmapped_and_come_back_locked(machine: Machine) -> None:
+    """Mlock does not keep a page mapped; until it is touched again it is an evictable page."""
+    block = shmem_block(machine)
+    block.process.mlock(block.addr, HPAGE)
+    pfn = block.poison(100)
+    assert mlocked(block) == (NR, NR)
+    assert block.collapse() is S.SCAN_COPY_MC
+    assert mlocked(block) == (0, 0)
+    machine.mem.poison.unpoison(pfn)
+    block.process.read(block.addr, HPAGE)
+    assert mlocked(block) == (NR, NR)
+
+
+def mlocked(block: FileBlock) -> tuple[int, int]:
+    """nr_mlock and nr_unevictable, no page waiting in a batch."""
+    block.machine.lru_add_drain_all()
+    books = block.books()
+    return books["nr_mlock"], books["nr_unevictable"]
 
 
 # While the copy is under way.
