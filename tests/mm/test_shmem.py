@@ -691,6 +691,33 @@ def test_memfd_lives_as_long_as_a_descriptor_or_mapping(machine: Machine) -> Non
     assert machine.vmstat()["nr_shmem"] == machine.mem.vm_committed_as == 0
 
 
+def test_end_of_a_file_that_would_have_to_wait_does_not_come(
+    machine: Machine, process: Process
+) -> None:
+    """A plain close or unlink while somebody has a page locked changes nothing."""
+    mount = machine.tmpfs()
+    named, memory = process.open("f", RDWR, tmpfs=mount), process.memfd_create("m")
+    locks = []
+    for file in (named, memory):
+        process.pwrite(file, 0, block_bytes(0, 2))
+        addr = process.mmap(2 * PAGE, file=file, shared=True)
+        process.read(addr, 1)
+        locks.append(process.lock_page(addr))
+        process.munmap(addr, 2 * PAGE)
+    process.close(named)
+    for end in (lambda: process.close(memory), lambda: process.unlink("f", tmpfs=mount)):
+        with pytest.raises(WouldBlock):
+            end()
+        machine.audit()
+    assert process.pread(memory, PAGE, PAGE) == page_bytes(1)
+    for lock in locks:
+        lock.release()
+    process.close(memory)
+    process.unlink("f", tmpfs=mount)
+    assert machine.mem.inodes == []
+    assert machine.vmstat()["nr_shmem"] == 0
+
+
 def test_exit_closes_what_is_open(machine: Machine) -> None:
     """A process that ends without closing leaves no file behind."""
     process = machine.process("a")
