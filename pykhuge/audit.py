@@ -320,6 +320,8 @@ def _check_files(mem: Memory, recount: Recount) -> None:
         recount.expect(f"{name}: i_count", inode.i_count, opened[inode])
         values = _see_cache(mem, mapping, recount)
         if isinstance(inode, ShmemInode):
+            if not inode.i_nlink and not inode.i_count and not inode.i_freeing:
+                recount.findings.append(f"{name}: nobody has the file any more, and it is there")
             recount.expect(f"{name}: swapped", inode.swapped, values)
             # Reclaim of a clean page leaves an excess, which the next recalculation frees.
             if inode.alloced < mapping.nrpages + inode.swapped:
@@ -570,7 +572,7 @@ def _check_locks(mem: Memory, recount: Recount) -> None:
         locks = [mm.mmap_lock, *(vma.anon_vma.lock for vma in mm.vmas if vma.anon_vma is not None)]
         _check_holders(mm.name, locks, recount)
     for inode in mem.inodes:
-        _check_holders(inode.name, [inode.i_mapping.i_mmap_rwsem], recount)
+        _check_holders(inode.name, [inode.i_rwsem, inode.i_mapping.i_mmap_rwsem], recount)
 
 
 def _check_holders(name: str, locks: list[RwSem], recount: Recount) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import Counter
 from typing import Any, TypeVar
 
 from pykhuge.kernel.sched import Steps, Task, steps
 from pykhuge.mm.errors import os_error
-from pykhuge.mm.file_table import fput, hold_file, release_file
+from pykhuge.mm.file_table import foresee_evictions, fput, hold_file, inode_locked, release_file
+from pykhuge.mm.filemap import foresee_page_locks
 from pykhuge.mm.mm_types import File, Mm, RegularInode, ShmemInode, ShmemSuperBlock
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import PG_private
@@ -71,7 +73,7 @@ class FileCalls:
         self.mm.files.append(file)
         if flags & os.O_TRUNC and writable:
             try:
-                yield from self._truncate(file, 0)
+                yield from inode_locked(self.mem, file.inode, self._truncate(file, 0))
             except GeneratorExit:
                 # A plain call that would have to wait is given up: nobody has the descriptor.
                 self.mem.sched.current.run(self.close.steps(file))
@@ -92,9 +94,12 @@ class FileCalls:
     @steps
     def unlink(self, name: str, *, tmpfs: ShmemSuperBlock) -> Steps[None]:
         """unlink(2): the name goes, and with it the file if nobody has it open or mapped."""
-        inode = tmpfs.names.pop(name, None)
+        inode = tmpfs.names.get(name)
         if inode is None:
             raise os_error(errno.ENOENT, name)
+        if not inode.i_count:
+            yield from foresee_page_locks(self.mem, inode.i_mapping, 0, 1 << 52)
+        del tmpfs.names[name]
         inode.i_nlink = 0
         if not inode.i_count:
             yield from shmem_evict_inode(self.mem, inode)
@@ -110,6 +115,7 @@ class FileCalls:
     def close(self, file: File) -> Steps[None]:
         """close(2). What is mapped stays mapped. Raises: OSError EBADF."""
         self._check_open(file)
+        yield from foresee_evictions(self.mem, Counter([file]))
         self.mm.files.remove(file)
         yield from fput(self.mem, file)
 
@@ -135,14 +141,14 @@ class FileCalls:
         """
         self._check_open(file, writable=True)
         _check_offset("offset", offset)
-        return self._held(file, vfs_write(self.mem, self.mm, file, offset, data))
+        return self._changing(file, vfs_write(self.mem, self.mm, file, offset, data))
 
     @steps
     def ftruncate(self, file: File, length: int) -> Steps[None]:
         """ftruncate(2): the file ends at `length`; what was behind is gone from everywhere."""
         self._check_open(file, writable=True)
         _check_offset("length", length)
-        return self._held(file, self._truncate(file, length))
+        return self._changing(file, self._truncate(file, length))
 
     def _truncate(self, file: File, length: int) -> Steps[None]:
         if isinstance(file.inode, ShmemInode):
@@ -172,9 +178,10 @@ class FileCalls:
         if not isinstance(inode, ShmemInode):
             raise os_error(errno.EOPNOTSUPP, f"{inode.name}: allowed for shmem files")
         if punch_hole:
-            return self._held(file, shmem_undo_range(self.mem, inode, offset, end, even_cows=False))
+            punch = shmem_undo_range(self.mem, inode, offset, end, even_cows=False)
+            return self._changing(file, punch)
         memcg, nid = self.mm.memcg, self.mm.preferred_node
-        return self._held(
+        return self._changing(
             file,
             shmem_fallocate(
                 self.mem, inode, offset, end, keep_size=keep_size, memcg=memcg, nid=nid
@@ -212,6 +219,10 @@ class FileCalls:
         if entry <= 0:
             return None
         return entry + index % 512 if file.f_mapping.i_pages.order(index) else entry
+
+    def _changing(self, file: File, call: Steps[T]) -> Steps[T]:
+        """`call`, which changes contents or size of the file, with the inode locked."""
+        return self._held(file, inode_locked(self.mem, file.inode, call))
 
     def _held(self, file: File, call: Steps[T]) -> Steps[T]:
         """`call` with a reference to `file`, which another thread may close meanwhile (fdget)."""

@@ -21,7 +21,7 @@ from pykhuge.khugepaged.madvise import madvise_collapse
 from pykhuge.mm import userfaultfd
 from pykhuge.mm.errors import BUS_MCEERR_AR, BusError, SegmentationFault, os_error
 from pykhuge.mm.fault import find_vma, handle_mm_fault
-from pykhuge.mm.file_table import get_file, release_file
+from pykhuge.mm.file_table import get_file, inode_locked, release_file
 from pykhuge.mm.fork import dup_mmap
 from pykhuge.mm.gup import (
     EHWPOISON,
@@ -363,7 +363,8 @@ class Process(UserAccess, FileCalls):
                 raise os_error(errno.EACCES, f"{vma}: allowed where a mapping is shared, writable")
             low = vma.linear_page_index(start) << PAGE_SHIFT
             stop = min(end, vma.vm_end)
-            yield from shmem_undo_range(self.mem, inode, low, low + stop - start, even_cows=False)
+            punch = shmem_undo_range(self.mem, inode, low, low + stop - start, even_cows=False)
+            yield from inode_locked(self.mem, inode, punch)
             start = stop
 
     def _populate(self, start: int, end: int, *, write: bool) -> Steps[None]:

@@ -3,10 +3,11 @@
 Lock order, outermost first (a task may take only locks that stand below what it holds; trylocks
 are free of the rule, as in the kernel):
 
-    mmap_lock > vm_lock > page lock > i_mmap_rwsem > anon_vma rwsem > page_table_lock / PTE lock
+    i_rwsem > mmap_lock > vm_lock > page lock > i_mmap_rwsem > anon_vma rwsem
+        > page_table_lock / PTE lock
 
 khugepaged, which comes to the page tables of a file with the page and i_mmap_rwsem held, only tries
-the first two.
+mmap_lock and vm_lock.
 
 Sleeping locks (`RwSem`) are taken by yielding `Acquire` and `Release` (kernel/sched); spinlocks
 are plain context managers, because nothing may be yielded while one is held. Page locks are the
@@ -27,6 +28,7 @@ __all__ = ["READ", "WRITE", "Mode", "Rank", "RwSem", "Spinlock"]
 class Rank(enum.IntEnum):
     """Place in the lock order: a higher rank is taken later."""
 
+    INODE = 0
     MMAP_LOCK = 1
     VMA_LOCK = 2
     I_MMAP = 3

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pykhuge.hw.memory import HPAGE_PMD_NR
+from pykhuge.kernel.locking import WRITE
 from pykhuge.kernel.panic import KernelPanic
-from pykhuge.kernel.sched import Preempt, Steps
+from pykhuge.kernel.sched import Foresee, Preempt, Steps
 from pykhuge.khugepaged.alloc import alloc_charge_hpage, put_hpage
 from pykhuge.khugepaged.control import CollapseControl
 from pykhuge.khugepaged.ptes import FirstFailure
@@ -22,7 +23,13 @@ from pykhuge.khugepaged.scan_result import ScanResult
 from pykhuge.khugepaged.trace_events import mm_khugepaged_collapse_file
 from pykhuge.mm.copy_mc import copy_mc_pages
 from pykhuge.mm.errors import PageLocked
-from pykhuge.mm.filemap import filemap_release_pages, find_page, unlock_page, wait_on_page
+from pykhuge.mm.filemap import (
+    filemap_release_pages,
+    find_page,
+    mod_nr_thps,
+    unlock_page,
+    wait_on_page,
+)
 from pykhuge.mm.huge_memory import OutOfMemory
 from pykhuge.mm.mm_types import File, Mm, ShmemInode
 from pykhuge.mm.mmzone import Memory
@@ -122,7 +129,10 @@ def _collapse(c: FileCollapse, addr: int, cc: CollapseControl) -> Steps[tuple[Sc
     """All of it behind the allocation. Returns: the result, and the index it came to."""
     mem = c.mem
     _lock_new_page(c)
+    i_mmap_rwsem = c.mapping.i_mmap_rwsem
     try:
+        # It will be wanted once there is no way back.
+        yield Foresee(f"{i_mmap_rwsem} is free", lambda: i_mmap_rwsem.available(WRITE))
         result = yield from _replace_pages(c)
         index = c.start + c.place
         if result is ScanResult.SCAN_SUCCEED and c.shmem is None:
@@ -166,6 +176,7 @@ def _replace_pages(c: FileCollapse) -> Steps[ScanResult]:
 
     What is looked at together is what the kernel's loop would pass one by one without sleeping.
     """
+    brought_in = -1
     while c.place < HPAGE_PMD_NR:
         slots = c.slots.copy()
         asleep = _first_asleep(c, slots)
@@ -177,8 +188,9 @@ def _replace_pages(c: FileCollapse) -> Steps[ScanResult]:
             yield Preempt("swapin" if c.shmem is not None else "readahead")
             if not (yield from _bring_in(c, c.start + stop)):
                 return ScanResult.SCAN_FAIL
+            brought_in = stop
         elif failure.result is not ScanResult.SCAN_SUCCEED:
-            _fail_at(c, int(slots[stop]), failure.result)
+            _fail_at(c, int(slots[stop]), failure.result, flush=stop != brought_in)
             return failure.result
     return ScanResult.SCAN_SUCCEED
 
@@ -254,10 +266,13 @@ def _take(c: FileCollapse, slots: Pfns, first: int, stop: int) -> None:
     c.slots[first:stop] = c.hpage
 
 
-def _fail_at(c: FileCollapse, entry: int, result: ScanResult) -> None:
-    """What a failing page has gone through by then, and what is undone of it at once."""
+def _fail_at(c: FileCollapse, entry: int, result: ScanResult, *, flush: bool) -> None:
+    """What a failing page has gone through by then, and what is undone of it at once.
+
+    flush: a dirty page is written, but not one that has just been read in.
+    """
     mem = c.mem
-    if result is ScanResult.SCAN_FAIL and entry > 0 and mem.pages.flags[entry] & PG_dirty:
+    if flush and result is ScanResult.SCAN_FAIL and entry > 0 and mem.pages.flags[entry] & PG_dirty:
         filemap_flush(mem, c.mapping)
     if result not in (ScanResult.SCAN_PAGE_HAS_PRIVATE, ScanResult.SCAN_PAGE_COUNT):
         return
@@ -273,16 +288,16 @@ def _fail_at(c: FileCollapse, entry: int, result: ScanResult) -> None:
 def _bring_in(c: FileCollapse, index: int) -> Steps[bool]:
     """Swap in, clear or read page `index`; says whether it is there now."""
     mem, memcg, nid = c.mem, c.mm.memcg, c.mm.preferred_node
+    if c.shmem is None:
+        nr = HPAGE_PMD_NR - index % HPAGE_PMD_NR
+        page_cache_sync_readahead(mem, c.file, index, nr, memcg=memcg, nid=nid)
+        lru_add_drain(mem)
     while True:
         try:
-            if c.shmem is not None:
-                shmem_get_folio(mem, c.shmem, index, Sgp.SGP_NOALLOC, memcg=memcg, nid=nid)
-                return True
-            page_cache_sync_readahead(
-                mem, c.file, index, HPAGE_PMD_NR - index % HPAGE_PMD_NR, memcg=memcg, nid=nid
-            )
-            lru_add_drain(mem)
-            return find_page(mem, c.mapping, index) is not None
+            if c.shmem is None:
+                return find_page(mem, c.mapping, index) is not None
+            shmem_get_folio(mem, c.shmem, index, Sgp.SGP_NOALLOC, memcg=memcg, nid=nid)
+            return True
         except PageLocked as locked:
             busy = locked.pfn
         except (OSError, OutOfMemory):
@@ -297,9 +312,8 @@ def _nr_thps_inc(c: FileCollapse) -> Steps[ScanResult]:
     do_dentry_open: one of the two sees the other.
     """
     mem = c.mem
-    c.mapping.nr_thps += 1
+    mod_nr_thps(mem, c.mapping, +1)
     c.nr_thps = True
-    mem.vmstat.post(c.file.inode.name, "nr_thps", +1)
     if not mem.recovery:
         mem.mod_page(NR_FILE_THPS, c.hpage, HPAGE_PMD_NR)
     yield Preempt("nr_thps")
@@ -312,9 +326,8 @@ def _nr_thps_inc(c: FileCollapse) -> Steps[ScanResult]:
 
 
 def _nr_thps_dec(c: FileCollapse) -> None:
-    c.mapping.nr_thps -= 1
+    mod_nr_thps(c.mem, c.mapping, -1)
     c.nr_thps = False
-    c.mem.vmstat.post(c.file.inode.name, "nr_thps", -1)
 
 
 def _copy(c: FileCollapse) -> tuple[ScanResult, int]:

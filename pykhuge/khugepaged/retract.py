@@ -132,7 +132,7 @@ def khugepaged_add_pte_mapped_thp(mm: Mm, addr: int) -> bool:
 
 
 def khugepaged_collapse_pte_mapped_thps(mem: Memory, mm: Mm) -> Steps[None]:
-    """The daemon looks at the blocks noted, if nobody holds mmap_lock; it forgets them anyway."""
+    """The daemon looks at the blocks noted, if nobody holds mmap_lock, and forgets them."""
     if not mm.pte_mapped_thp or not mm.mmap_lock.trylock(mem.sched.current, WRITE):
         return
     try:

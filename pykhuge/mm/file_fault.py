@@ -52,9 +52,10 @@ FAULT_AROUND_PAGES = 16
 
 
 def _vm_page_prot(vma: Vma) -> int:
-    """vm_page_prot: writable for shared shmem; a disk file must notice its first write."""
+    """vm_page_prot: writable for shared shmem; others must notice the first write."""
     assert vma.vm_file is not None
-    shared = vma.vm_flags & (VM_SHARED | VM_WRITE) == VM_SHARED | VM_WRITE
+    kind = VM_SHARED | VM_WRITE | VM_UFFD_WP
+    shared = vma.vm_flags & kind == VM_SHARED | VM_WRITE
     writable = shared and isinstance(vma.vm_file.inode, ShmemInode)
     return VM_PAGE_PROT | (PAGE_RW if writable else 0)
 
@@ -241,7 +242,7 @@ def map_file_pages(
     protected = ptes[places] != 0  # a marker: write protection by userfaultfd comes back
     prot = _vm_page_prot(vma)
     if write:
-        prot |= PAGE_DIRTY | PAGE_RW
+        prot |= PAGE_DIRTY | (PAGE_RW if vma.vm_flags & VM_WRITE else 0)
         set_page_dirty(mem, pfns)
     words = pfn_ptes(pfns, prot)
     if protected.any():
@@ -266,5 +267,8 @@ def _do_cow_fault(mem: Memory, vma: Vma, addr: int, ptes: Ptes, place: int) -> i
     if not len(new):
         raise OutOfMemory(f"no page for a copy of {addr:#x} of {vma.mm.name}")
     copy_mc_page(mem, int(new[0]), int(source[0]), consumer="do_cow_fault", recovery=False)
+    protected = ptes[place] != 0  # a marker: write protection by userfaultfd comes back
     map_new_pages(mem, vma, addr, new, ptes[place : place + 1])
+    if protected:
+        ptes[place] = ptes[place] & ~np.uint64(PAGE_RW) | np.uint64(PAGE_UFFD_WP)
     return 1

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from pykhuge.kernel.sched import Steps
-from pykhuge.mm.mm_types import File, RegularInode, ShmemInode, Vma
+from collections import Counter
+from typing import TypeVar
+
+from pykhuge.kernel.locking import WRITE
+from pykhuge.kernel.sched import Acquire, Release, Steps
+from pykhuge.mm.filemap import foresee_page_locks
+from pykhuge.mm.mm_types import File, Inode, RegularInode, ShmemInode, Vma
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.shmem import shmem_evict_inode
 
 __all__ = [
+    "foresee_evictions",
     "fput",
     "get_file",
     "hold_file",
+    "inode_locked",
     "link_file_vma",
     "release_file",
     "unlink_file_vma",
 ]
+
+T = TypeVar("T")
 
 
 def get_file(file: File) -> File:
@@ -46,6 +55,33 @@ def fput(mem: Memory, file: File) -> Steps[None]:
         inode.i_writecount -= 1
     if isinstance(inode, ShmemInode) and not inode.i_count and not inode.i_nlink:
         yield from shmem_evict_inode(mem, inode)
+
+
+def foresee_evictions(mem: Memory, dropped: Counter[File]) -> Steps[None]:
+    """To be asked before a call gives up references, `dropped` of each file.
+
+    A file without a name goes with the last of them, and its locked pages will be waited for.
+    """
+    gone = Counter(file.inode for file, nr in dropped.items() if file.f_count == nr)
+    for inode, nr in gone.items():
+        if not inode.i_nlink and inode.i_count == nr:
+            yield from foresee_page_locks(mem, inode.i_mapping, 0, 1 << 52)
+
+
+def inode_locked(mem: Memory, inode: Inode, call: Steps[T]) -> Steps[T]:
+    """`call` with the inode locked: writes, truncation and preallocation exclude each other."""
+    yield Acquire(inode.i_rwsem, WRITE)
+    try:
+        result = yield from call
+    except GeneratorExit:
+        inode.i_rwsem.unlock(mem.sched.current)
+        raise
+    except BaseException:
+        if mem.panic is None:
+            yield Release(inode.i_rwsem)
+        raise
+    yield Release(inode.i_rwsem)
+    return result
 
 
 def link_file_vma(vma: Vma) -> None:

@@ -31,7 +31,7 @@ from pykhuge.mm.page import (
     PG_writeback,
 )
 from pykhuge.mm.page_table import pmd_trans_huge, pte_pfn
-from pykhuge.mm.page_writeback import clear_page_dirty, finish_io
+from pykhuge.mm.page_writeback import clear_page_dirty, finish_io, set_page_dirty
 from pykhuge.mm.rmap import pmd_of, try_to_unmap
 from pykhuge.mm.swap import put_pages
 from pykhuge.mm.swap_state import free_swap_cache, swap_free
@@ -57,6 +57,8 @@ __all__ = [
     "filemap_remove_pages",
     "find_page",
     "foresee_page_locks",
+    "mod_nr_thps",
+    "mod_swapped",
     "split_huge_file_page",
     "truncate_pages",
     "unlock_page",
@@ -95,6 +97,23 @@ def unlock_page(mem: Memory, pfn: int) -> None:
     del mem.page_locks[pfn]
 
 
+def _mod_nrpages(mem: Memory, mapping: AddressSpace, nr: int) -> None:
+    mapping.nrpages += nr
+    mem.vmstat.post(mapping.host.name, "nrpages", nr)
+
+
+def mod_nr_thps(mem: Memory, mapping: AddressSpace, nr: int) -> None:
+    """filemap_nr_thps_inc(), filemap_nr_thps_dec()."""
+    mapping.nr_thps += nr
+    mem.vmstat.post(mapping.host.name, "nr_thps", nr)
+
+
+def mod_swapped(mem: Memory, inode: ShmemInode, nr: int) -> None:
+    """`nr` pages more of a shmem file are on swap."""
+    inode.swapped += nr
+    mem.vmstat.post(inode.name, "swapped", nr)
+
+
 def add_to_page_cache(mem: Memory, mapping: AddressSpace, indexes: Pfns, pfns: Pfns) -> None:
     """New pages enter the cache at `indexes`, over holes or values; a reference more for each."""
     pages = mem.pages
@@ -106,7 +125,7 @@ def add_to_page_cache(mem: Memory, mapping: AddressSpace, indexes: Pfns, pfns: P
         mem.mod_pages(NR_SHMEM, pfns, +1)
     mem.mod_pages(NR_FILE_PAGES, pfns, +1)
     mapping.i_pages.store(indexes, pfns)
-    mapping.nrpages += len(pfns)
+    _mod_nrpages(mem, mapping, len(pfns))
 
 
 def add_huge_to_page_cache(mem: Memory, mapping: AddressSpace, index: int, head: int) -> None:
@@ -119,7 +138,7 @@ def add_huge_to_page_cache(mem: Memory, mapping: AddressSpace, index: int, head:
     for item in (NR_SHMEM, NR_FILE_PAGES, NR_SHMEM_THPS):
         mem.mod_page(item, head, HPAGE_PMD_NR)
     mapping.i_pages.store_order_9(index, head)
-    mapping.nrpages += HPAGE_PMD_NR
+    _mod_nrpages(mem, mapping, HPAGE_PMD_NR)
 
 
 def filemap_remove_pages(
@@ -138,7 +157,7 @@ def filemap_remove_pages(
     clear_page_dirty(mem, pfns)
     mem.pages.mapping[pfns] = 0
     mapping.i_pages.store(indexes, value)
-    mapping.nrpages -= len(pfns)
+    _mod_nrpages(mem, mapping, -len(pfns))
     put_pages(mem, pfns)
 
 
@@ -150,10 +169,10 @@ def filemap_remove_huge(mem: Memory, mapping: AddressSpace, index: int, head: in
     if shmem:
         mem.mod_page(NR_SHMEM, head, -HPAGE_PMD_NR)
     else:
-        mapping.nr_thps -= 1
+        mod_nr_thps(mem, mapping, -1)
     mem.pages.mapping[head] = 0
     mapping.i_pages.store_order_9(index, 0)
-    mapping.nrpages -= HPAGE_PMD_NR
+    _mod_nrpages(mem, mapping, -HPAGE_PMD_NR)
     mem.pages.refcount[head] -= HPAGE_PMD_NR - 1
     put_pages(mem, np.array([head]))
 
@@ -195,7 +214,7 @@ def split_huge_file_page(mem: Memory, mapping: AddressSpace, head: int) -> bool:
     shmem = isinstance(mapping.host, ShmemInode)
     mem.mod_page(NR_SHMEM_THPS if shmem else NR_FILE_THPS, head, -HPAGE_PMD_NR)
     if not shmem:
-        mapping.nr_thps -= 1
+        mod_nr_thps(mem, mapping, -1)
     pages.flags[subpages] = pages.flags[head] & np.uint32(
         ~(PG_head | PG_tail | PG_mlocked | PG_unevictable) & 0xFFFFFFFF
     )
@@ -266,7 +285,10 @@ def _remove_huge(mem: Memory, mapping: AddressSpace, indexes: Pfns, head: int) -
         # Somebody may have mapped it again meanwhile (truncate_cleanup_folio).
         unmap_mapping_range(mem, mapping, index, index + HPAGE_PMD_NR, even_cows=False)
         filemap_remove_huge(mem, mapping, index, head)
-    elif split_huge_file_page(mem, mapping, head):
+        return None
+    if isinstance(mapping.host, ShmemInode):
+        set_page_dirty(mem, np.array([head]))
+    if split_huge_file_page(mem, mapping, head):
         pfns = mapping.i_pages.node(index)[indexes % HPAGE_PMD_NR]
         _remove_small(mem, mapping, indexes[pfns != 0], pfns[pfns != 0])
     else:
@@ -285,7 +307,7 @@ def _remove_small(mem: Memory, mapping: AddressSpace, indexes: Pfns, entries: Pf
             if (cached := mem.swap.cache.get(slot)) is not None:
                 free_swap_cache(mem, np.array([cached]))
         if isinstance(mapping.host, ShmemInode):
-            mapping.host.swapped -= len(slots)
+            mod_swapped(mem, mapping.host, -len(slots))
     indexes, pfns = indexes[~values], entries[~values]
     locked = mem.pages.flags[pfns] & U_LOCKED != 0
     free, freed = indexes[~locked], pfns[~locked]

@@ -7,6 +7,7 @@ and drops it. Arguments are checked before the lock is taken.
 from __future__ import annotations
 
 import errno
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -15,7 +16,12 @@ from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.kernel.locking import WRITE
 from pykhuge.kernel.sched import Acquire, Release, Steps
 from pykhuge.mm.errors import os_error
-from pykhuge.mm.file_table import link_file_vma, release_file, unlink_file_vma
+from pykhuge.mm.file_table import (
+    foresee_evictions,
+    link_file_vma,
+    release_file,
+    unlink_file_vma,
+)
 from pykhuge.mm.huge_memory import (
     free_page_table,
     split_huge_pmd,
@@ -55,6 +61,7 @@ __all__ = [
     "do_mmap",
     "do_munmap",
     "exit_mmap",
+    "foresee_unmap",
     "free_pgtables",
     "vmas_in",
 ]
@@ -106,6 +113,8 @@ def do_mmap(
     if addr is not None:
         check_range(addr, length)
     length = length + PAGE_SIZE - 1 & -PAGE_SIZE
+    if fixed and addr is not None:
+        yield from foresee_unmap(mem, mm, addr, addr + length)
     yield Acquire(mm.mmap_lock, WRITE)
     replaced: list[File] = []
     if fixed and addr is not None:
@@ -224,10 +233,18 @@ def _forget(mem: Memory, mm: Mm, vma: Vma) -> None:
 def do_munmap(mem: Memory, mm: Mm, addr: int, length: int) -> Steps[None]:
     """Unmap [addr, addr + length)."""
     end = check_range(addr, length)
+    yield from foresee_unmap(mem, mm, addr, end)
     yield Acquire(mm.mmap_lock, WRITE)
     files = unmap_range(mem, mm, addr, end)
     yield Release(mm.mmap_lock)
     yield from release_files(mem, files)
+
+
+def foresee_unmap(mem: Memory, mm: Mm, start: int, end: int) -> Steps[None]:
+    """`foresee_evictions` of what unmapping a range gives up."""
+    inside = [vma for vma in vmas_in(mm, start, end) if start <= vma.vm_start and vma.vm_end <= end]
+    dropped = Counter(vma.vm_file for vma in inside if vma.vm_file is not None)
+    yield from foresee_evictions(mem, dropped)
 
 
 def unmap_range(mem: Memory, mm: Mm, start: int, end: int) -> list[File]:
@@ -319,6 +336,9 @@ def exit_mmap(mem: Memory, mm: Mm) -> Steps[None]:
 
     mm_users is 0 before the lock is taken, so that a collapse in progress sees it.
     """
+    dropped = Counter(vma.vm_file for vma in mm.vmas if vma.vm_file is not None)
+    dropped.update(mm.files)
+    yield from foresee_evictions(mem, dropped)
     mm.mm_users = 0
     try:
         yield Acquire(mm.mmap_lock, WRITE)

@@ -139,6 +139,8 @@ class Inode:
     i_writecount: how many open files may write to it; negative denies writing.
     i_nlink: names. Without names, the last File to go takes the inode with it.
     i_count: Files that are open on it.
+    i_freeing: it is being evicted (I_FREEING).
+    i_rwsem: keeps calls that change contents or size apart (inode_lock).
     """
 
     name: str
@@ -147,6 +149,8 @@ class Inode:
     i_writecount: int = 0
     i_nlink: int = 1
     i_count: int = 0
+    i_freeing: bool = False
+    i_rwsem: RwSem = field(default_factory=lambda: RwSem("i_rwsem", Rank.INODE))
     i_mapping: AddressSpace = field(init=False)
 
 

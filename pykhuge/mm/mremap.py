@@ -18,6 +18,7 @@ from pykhuge.mm.huge_memory import (
 )
 from pykhuge.mm.mm import (
     check_range,
+    foresee_unmap,
     free_pgtables,
     insert_vma,
     isolate_vmas,
@@ -60,6 +61,7 @@ def do_mremap(mem: Memory, mm: Mm, old: int, length: int, new: int, new_length: 
         raise os_error(
             errno.EINVAL, f"[{old:#x}, {old_end:#x}) and [{new:#x}, {new_end:#x}) overlap"
         )
+    yield from foresee_unmap(mem, mm, new, new_end)
     yield Acquire(mm.mmap_lock, WRITE)
     vma = find_vma(mm, old)
     if vma is None or vma.vm_start > old or vma.vm_end < old_end:

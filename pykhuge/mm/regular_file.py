@@ -60,6 +60,9 @@ def do_dentry_open(
     inode.i_count += 1
     if not writable:
         return file
+    if inode.i_writecount < 0:
+        inode.i_count -= 1
+        raise os_error(errno.ETXTBSY, f"{path}: writing to it is denied")
     inode.i_writecount += 1
     mem.held_files.append(file)
     try:
@@ -233,6 +236,7 @@ def filemap_flush(mem: Memory, mapping: AddressSpace) -> None:
         good = ready & ~poisoned
         for index, pfn in zip(indexes[good].tolist(), entries[good].tolist(), strict=True):
             length = min(PAGE_SIZE, inode.i_size - (index << PAGE_SHIFT))
+            mem.ram.pages[pfn, length:] = 0  # what was mapped and written behind the end
             os.pwrite(inode.fd, mem.ram.pages[pfn, :length].tobytes(), index << PAGE_SHIFT)
         if good.any():
             page_mkclean(mem, entries[good])
@@ -243,12 +247,25 @@ def fsync(mem: Memory, file: File) -> Steps[None]:
     """Write all dirty pages, and wait for the disk. Raises: OSError EIO if one could not be."""
     yield Preempt("fsync")
     mapping = file.f_mapping
+    yield from foresee_page_locks(mem, mapping, 0, 1 << 52)
+    while (busy := _locked_dirty_page(mem, mapping)) is not None:
+        yield from wait_on_page(mem, busy)
     finish_io(mem)
     filemap_flush(mem, mapping)
     finish_io(mem)
     error, mapping.wb_err = mapping.wb_err, 0
     if error:
         raise os_error(error, f"{file.inode.name} could not be written")
+
+
+def _locked_dirty_page(mem: Memory, mapping: AddressSpace) -> int | None:
+    wanted = np.uint32(PG_locked | PG_dirty)
+    for _, entries in mapping.i_pages.entries(0, 1 << 52):
+        flags = mem.pages.flags[entries * (entries > 0)]
+        found = entries[(entries > 0) & (flags & wanted == wanted)]
+        if len(found):
+            return int(found[0])
+    return None
 
 
 def regular_truncate(mem: Memory, inode: RegularInode, size: int) -> Steps[None]:

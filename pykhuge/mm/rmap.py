@@ -421,13 +421,19 @@ def try_to_unmap(mem: Memory, mapping: AddressSpace, start: int, pages: Pfns) ->
             if pmd and not pmd_trans_huge(pmd):
                 place = vma.linear_page_index(low) - start
                 ptes = ptes_of(mem, vma.mm, low, high)
-                _unmap_ptes(mem, vma, ptes, pages[place : place + len(ptes)])
+                expected = pages[place : place + len(ptes)]
+                mapped = (ptes & U_PRESENT != 0) & (pte_pfns(ptes) == expected) & (expected != 0)
+                if np.count_nonzero(mapped):
+                    for notifier in vma.mm.mmu_notifiers:
+                        notifier.invalidate_range_start(low, high)
+                    _unmap_ptes(mem, vma, ptes, expected, mapped)
+                    for notifier in vma.mm.mmu_notifiers:
+                        notifier.invalidate_range_end(low, high)
 
 
-def _unmap_ptes(mem: Memory, vma: Vma, ptes: Ptes, pages: Pfns) -> None:
-    mapped = (ptes & U_PRESENT != 0) & (pte_pfns(ptes) == pages) & (pages != 0)
-    if not np.count_nonzero(mapped):
-        return
+def _unmap_ptes(
+    mem: Memory, vma: Vma, ptes: Ptes, pages: Pfns, mapped: npt.NDArray[np.bool_]
+) -> None:
     pfns, words = pages[mapped], ptes[mapped]
     ptes[mapped] = 0
     drop_file_ptes(mem, vma, words, pfns)

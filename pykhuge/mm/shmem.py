@@ -22,6 +22,7 @@ from pykhuge.mm.filemap import (
     filemap_remove_huge,
     filemap_remove_pages,
     foresee_page_locks,
+    mod_swapped,
     split_huge_file_page,
     truncate_pages,
     wait_on_page,
@@ -331,7 +332,7 @@ def _swapin_folio(
         inode.i_mapping.i_pages.store(np.array([index]), SWAPIN_ERROR)
     else:
         add_to_page_cache(mem, inode.i_mapping, np.array([index]), one)
-    inode.swapped -= 1
+    mod_swapped(mem, inode, -1)
     shmem_recalc_inode(mem, inode)
     delete_from_swap_cache(mem, pfn)
     mem.swap.shmem.discard(slot)
@@ -352,7 +353,7 @@ def shmem_writepage(mem: Memory, inode: ShmemInode, index: int, pfn: int) -> boo
         return False
     if not mem.pages.flags[pfn] & PG_uptodate:
         _clear(mem, np.array([pfn]))
-    inode.swapped += 1
+    mod_swapped(mem, inode, +1)
     filemap_remove_pages(
         mem, inode.i_mapping, np.array([index]), np.array([pfn]), value=swap_value(slots[0])
     )
@@ -453,7 +454,7 @@ def shmem_fallocate(
         inode.fallocend = undo_fallocend
         _undo_fallocate(mem, inode, added)
         raise
-    heads = [inode.i_mapping.i_pages.load(index) for index in added]
+    heads = [inode.i_mapping.i_pages.load(index) for index in range(first, last)]
     mem.pages.flags[[head for head in heads if head > 0]] |= U_DIRTY
     if not keep_size:
         inode.i_size = max(inode.i_size, end)
@@ -499,6 +500,7 @@ def _undo_fallocate(mem: Memory, inode: ShmemInode, added: list[int]) -> None:
 
 def shmem_evict_inode(mem: Memory, inode: ShmemInode) -> Steps[None]:
     """The last user of a file without a name is gone: all its pages are freed."""
+    inode.i_freeing = True
     yield from shmem_undo_range(mem, inode, 0, None, even_cows=True)
     if not inode.flags & VM_NORESERVE:
         _commit(mem, -_pages_in(inode.i_size))

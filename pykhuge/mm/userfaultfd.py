@@ -116,6 +116,7 @@ def uffd_zeropage(mem: Memory, mm: Mm, addr: int, length: int) -> Steps[None]:
             if vma.vm_file is not None and vma.vm_flags & VM_SHARED:
                 _fill_shmem(mem, vma, page, table, place, bytes(PAGE_SIZE))
                 continue
+            anon_vma_prepare(mem, vma)
             mem.ram.words[table, place] = (mem.zero_pfn << PAGE_SHIFT) | VM_PAGE_PROT | PAGE_SPECIAL
     finally:
         mm.mmap_lock.unlock(mem.sched.current)

@@ -100,12 +100,12 @@ def _zap_ptes(mem: Memory, vma: Vma, ptes: Ptes, even_cows: bool, drop_markers: 
         cached = mem.swap.cache.get(slot)
         if cached is not None:
             free_swap_cache(mem, np.array([cached]))
-    present = words & U_PRESENT != 0
+    present = np.flatnonzero(words & U_PRESENT)
     pfns = pte_pfns(words[present])
-    pfns = pfns[pfns != mem.zero_pfn]
+    present, pfns = present[pfns != mem.zero_pfn], pfns[pfns != mem.zero_pfn]
     if vma.vm_file is not None:
         anon = mem.pages.flags[compound_head(mem.pages, pfns)] & np.uint32(PG_anon) != 0
-        ptes[np.flatnonzero(present)[anon]] = 0
+        ptes[present[anon]] = 0
         pfns = pfns[anon]
     if len(pfns):
         page_remove_rmap(mem, pfns, vma)
@@ -115,8 +115,11 @@ def _zap_ptes(mem: Memory, vma: Vma, ptes: Ptes, even_cows: bool, drop_markers: 
 
 
 def _zap_file_ptes(mem: Memory, vma: Vma, ptes: Ptes, words: Ptes, drop_markers: bool) -> None:
-    """The entries of cached pages, and markers if they are to be dropped."""
+    """The entries of cached pages and the zero page; markers if they are to be dropped."""
     present = np.flatnonzero(words & U_PRESENT)
+    zero = pte_pfns(words[present]) == mem.zero_pfn
+    ptes[present[zero]] = 0
+    present = present[~zero]
     heads = compound_head(mem.pages, pte_pfns(words[present]))
     places = present[mem.pages.flags[heads] & np.uint32(PG_anon) == 0]
     if len(places):
