@@ -14,6 +14,7 @@ from typing import Any
 
 from pykhuge.cli.errors import CommandError
 from pykhuge.cli.experiment import Experiment, FileBecameShorter
+from pykhuge.cli.kinds import KINDS
 from pykhuge.cli.report import BadLine, Report
 from pykhuge.hw.poison import LINES_PER_PAGE
 
@@ -21,11 +22,11 @@ __all__ = ["add_parser"]
 
 ALLOWED_FILE = "allowed is a regular file that is not empty"
 DESCRIPTION = """\
-Load a file into the anonymous memory of a modelled process, let cache lines of it go bad, have
-khugepaged collapse it, and read every byte back.
+Load a file into the memory of a modelled process, let cache lines of it go bad, have khugepaged
+collapse it, and read every byte back.
 
 The file fills ranges of 2 MiB; behind its end the last range is a hole. Memory use does not grow
-with the file.
+with the file. Nothing is ever written to the file.
 """
 EPILOG = """\
 exit status:
@@ -35,7 +36,7 @@ exit status:
   3    the modelled host panicked, as the kernel before the series must on poison
 
 With --json an object is printed. Its keys:
-  schema, file, size, pages, seed, exit_status, consistent
+  schema, file, size, kind, pages, seed, exit_status, consistent
   panic               null, or the panic's text
   poisoned            [{page, line}]
   ranges              [{range, addr, result, status, errno, errno_name, map, poisoned,
@@ -80,6 +81,14 @@ def add_parser(commands: Any) -> None:
         "--seed", metavar="S", help="draw them by this seed, 0 and more (0 if not given)"
     )
     parser.add_argument(
+        "--kind",
+        metavar="KIND",
+        default="anon",
+        help="the memory it is loaded into: anon, private anonymous memory (if not given); shmem, a"
+        " memfd; file, the file itself, mapped to be read and executed, by way of the page cache,"
+        " where a last range that is not full cannot be collapsed",
+    )
+    parser.add_argument(
         "--no-recovery",
         action="store_true",
         help="the kernel before the series: a machine check in the copy is a panic",
@@ -116,7 +125,10 @@ def _what_is_asked(options: argparse.Namespace) -> Report:
         if options.poison_random is None:
             raise CommandError(f"--seed {options.seed}: allowed with --poison-random N")
         seed = _number("--seed", options.seed, 0, None)
-    report = Report(options.file, _file_size(options.file), not options.no_recovery, seed)
+    if options.kind not in KINDS:
+        raise CommandError(f"--kind {options.kind}: allowed {', '.join(KINDS)}")
+    size = _file_size(options.file)
+    report = Report(options.file, size, options.kind, not options.no_recovery, seed)
     bad = {_bad_line(text, report.nr_pages) for text in options.poison}
     if options.poison_random is not None:
         free = report.nr_pages * LINES_PER_PAGE - len(bad)

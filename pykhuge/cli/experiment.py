@@ -1,7 +1,7 @@
 """The experiment behind `pykhuge collapse`: a file in a process, poisoned, collapsed, read back.
 
 The process maps room for the whole file, and goes through it window by window: one is loaded,
-poisoned, collapsed, verified and unmapped before the next, so that the host's memory stays bounded
+poisoned, collapsed, verified and given up before the next, so that the host's memory stays bounded
 whatever the file's size. The modelled machine has room for all of it, which costs nothing until it
 is touched, and the counters are summed over the windows: they read as if all were there at once.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from operator import sub
 from typing import BinaryIO
 
+from pykhuge.cli.kinds import KINDS
 from pykhuge.cli.report import (
     COPIED,
     HOLE,
@@ -51,7 +52,8 @@ class Experiment:
     Args:
         report: says what is asked; `run` fills in what was found.
         window: bytes of the file in memory at once, a multiple of 2 MiB.
-    Raises: MemoryError if the host refuses to reserve the machine's address space.
+    Raises: OSError if the file cannot be opened, MemoryError if the host refuses to reserve the
+    machine's address space.
     """
 
     def __init__(self, report: Report, window: int = WINDOW) -> None:
@@ -61,7 +63,9 @@ class Experiment:
             _machine_size(report.nr_ranges), recovery=report.recovery, seed=report.seed
         )
         self.process = self.machine.process("app")
-        self.addr = self.process.mmap(report.nr_ranges * HPAGE_PMD_SIZE)
+        kind = KINDS[report.kind]
+        self.memory = kind(self.machine, self.process, report.file, report.nr_ranges)
+        self.addr = self.memory.addr
         self._pages_of_frames: dict[int, int] = {}
         self._bad: dict[int, list[BadLine]] = defaultdict(list)
         for line in report.poisoned:
@@ -100,7 +104,7 @@ class Experiment:
         nr_ranges = -(-length // HPAGE_PMD_SIZE)
         first = start // HPAGE_PMD_SIZE
         empty = self._counters()
-        process.write(addr, buffer[:length])
+        self.memory.load(start, buffer[:length])
         for index in range(first, first + nr_ranges):
             self._poison(index)
         process.madvise(addr, nr_ranges * HPAGE_PMD_SIZE, Advice.MADV_HUGEPAGE)
@@ -113,10 +117,11 @@ class Experiment:
         finally:
             _add_change(report.after, loaded, self._counters())
         self._audit()
+        readable = nr_ranges * HPAGE_PMD_SIZE if self.memory.zeros_behind_end else length
         for index in range(first, first + nr_ranges):
             offset = (index - first) * HPAGE_PMD_SIZE
-            self._verify(index, buffer[offset : offset + HPAGE_PMD_SIZE])
-        process.munmap(addr, nr_ranges * HPAGE_PMD_SIZE)
+            self._verify(index, buffer[offset : min(offset + HPAGE_PMD_SIZE, readable)])
+        self.memory.unload(start, nr_ranges * HPAGE_PMD_SIZE)
         self._forget_window()
         self._audit()
 
@@ -136,7 +141,7 @@ class Experiment:
     def _collapse(self, index: int) -> None:
         """Collapse a range as khugepaged does. Raises: KernelPanic; the range is reported first."""
         machine, addr = self.machine, self.addr + index * HPAGE_PMD_SIZE
-        pfns = self._pfns(addr)
+        pfns = self._pfns(index)
         checks, log = len(machine.mem.poison.log), len(machine.log)
         first_event = machine.trace.overrun + len(machine.trace)
         result = None
@@ -161,9 +166,10 @@ class Experiment:
             self.report.ranges.append(each)
         self._check_outcome(each, pfns)
 
-    def _pfns(self, addr: int) -> list[int | None]:
+    def _pfns(self, index: int) -> list[int | None]:
         """The frame behind each page of a range."""
-        return [self.process.pfn(addr + page * PAGE_SIZE) for page in range(HPAGE_PMD_NR)]
+        first = index * HPAGE_PMD_NR
+        return [self.memory.pfn(page) for page in range(first, first + HPAGE_PMD_NR)]
 
     def _map(
         self, index: int, pfns: list[int | None], result: ScanResult | None, met: list[BadLine]
@@ -185,10 +191,10 @@ class Experiment:
 
     def _check_outcome(self, each: RangeReport, pfns: list[int | None]) -> None:
         """A range is huge if and only if it succeeded; if not, its pages are where they were."""
-        huge = self.process.is_huge(each.addr)
+        huge = self.memory.is_huge(each.index)
         if huge != (each.result is ScanResult.SCAN_SUCCEED):
             self.report.audit.fail(f"range {each.index}: {each.outcome}, but huge is {huge}")
-        elif not huge and self._pfns(each.addr) != pfns:
+        elif not huge and self._pfns(each.index) != pfns:
             self.report.audit.fail(f"range {each.index}: {each.outcome}, but its pages have moved")
 
     def _verify(self, index: int, expected: memoryview) -> None:
@@ -246,6 +252,7 @@ class Experiment:
             **machine.vmstat(),
             "pages_collapsed": machine.khugepaged_settings.pages_collapsed,
             **dict(zip(MM_COUNTERS, self.process.mm.rss_stat, strict=True)),
+            **self.memory.counters(),
         }
 
 

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from pykhuge.cli.errors import printable
 from pykhuge.cli.experiment import WINDOW
+from pykhuge.cli.kinds import KINDS
 from pykhuge.cli.report import (
     COPIED,
     HOLE,
@@ -48,8 +49,6 @@ STYLES = {
     ROLLED_BACK: "yellow",
     NOT_REACHED: "dim",
 }
-# Looked for even if it did not move: what a rolled back collapse must leave as it was.
-ALWAYS_SHOWN = ("nr_isolated_anon", "nr_anon_pages", "nr_anon_transparent_hugepages")
 
 
 @contextmanager
@@ -110,7 +109,8 @@ def _of_interest(ranges: list[RangeReport]) -> list[RangeReport]:
 def _heading(report: Report) -> Text:
     ranges = f"{report.nr_ranges} range{'s' * (report.nr_ranges > 1)} of 2 MiB"
     name = printable(report.file)
-    return Text(f"{name}: {report.size} bytes, {report.nr_pages} pages of 4 KiB, {ranges}")
+    pages = f"{report.nr_pages} pages of 4 KiB"
+    return Text(f"{name}: {report.size} bytes, {pages}, {ranges}, {report.kind}")
 
 
 def _legend() -> Text:
@@ -162,13 +162,15 @@ def _left_out(report: Report, shown: list[RangeReport]) -> list[Text]:
 
 
 def _counters(report: Report) -> Table:
+    # Looked for even if they did not move: what a rolled back collapse must leave as it was.
+    always_shown = KINDS[report.kind].always_shown
     table = Table(title="counters", title_justify="left")
     table.add_column("counter")
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right")
     for name, before in report.before.items():
         after = report.after[name]
-        if before != after or name in ALWAYS_SHOWN or (before and name.startswith("MM_")):
+        if before != after or name in always_shown or (before and name.startswith("MM_")):
             table.add_row(name, str(before), str(after), f"{after - before:+d}")
     return table
 
@@ -182,7 +184,7 @@ def _verdict(report: Report) -> Iterator[Text]:
         yield Text(f"  {finding}", style="red")
     read = f"{report.verified} read back as the file has them"
     tail = report.nr_ranges * HPAGE_PMD_SIZE - report.size
-    if tail:
+    if tail and KINDS[report.kind].zeros_behind_end:
         read += f" ({tail} behind its end: zeros)"
     if report.unreadable:
         read += f", {report.unreadable} on poisoned lines gave SIGBUS"

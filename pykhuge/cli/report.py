@@ -106,9 +106,10 @@ class Check:
 class Report:
     """A whole run.
 
+    kind: of memory that the file was put into, one of cli.kinds.KINDS.
     poisoned: in the order of the file.
-    before, after: vmstat, pages_collapsed and MM_*, summed over all of the file: loaded and
-    poisoned, and with every range collapsed or given up.
+    before, after: vmstat, pages_collapsed, MM_* and what the kind adds, summed over all of the
+    file: loaded and poisoned, and with every range collapsed or given up.
     trace: the newest lines; `trace_overrun` older ones were overwritten in the ring.
     verified, unreadable, wrong: bytes read back as loaded; on poisoned lines, each of which gave
     its reader SIGBUS; anything else.
@@ -116,6 +117,7 @@ class Report:
 
     file: str
     size: int
+    kind: str = "anon"
     recovery: bool = True
     seed: int = 0
     poisoned: list[BadLine] = field(default_factory=list)
@@ -159,6 +161,7 @@ class Report:
             "schema": SCHEMA,
             "file": self.file,
             "size": self.size,
+            "kind": self.kind,
             "pages": self.nr_pages,
             "seed": self.seed,
             "exit_status": self.exit_status,
