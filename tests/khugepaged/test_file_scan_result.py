@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from collapse_kit import HPAGE, NR, PAGE, MakeMachine, block_bytes
+from collapse_kit import HPAGE, NR, PAGE, MakeMachine, advised, block_bytes, fill, paused
 from file_kit import FileBlock, books, cache_is_huge, file_collapses, file_scans, shmem_block
 
 from pykhuge import PROT_EXEC, PROT_READ, Advice, CollapseError, File, Machine, Process, ScanResult
@@ -328,6 +328,25 @@ def test_pages_too_far_apart_are_scan_abort(make_machine: MakeMachine) -> None:
     assert raised.value.scan_result is S.SCAN_SCAN_ABORT
     (event,) = file_scans(machine)
     assert (event.scan_pfn, event.present) == (process.cached_pfn(file, 300), 300)
+    machine.audit()
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_an_anonymous_block_that_has_become_a_files_is_page_anon(
+    machine: Machine, process: Process, written: bool
+) -> None:
+    """While mmap_lock was dropped to allocate; private copies do not make it anonymous again."""
+    addr = advised(process)
+    fill(process, addr)
+    task = paused(machine, process, addr)
+    file = process.memfd_create("instead")
+    process.pwrite(file, 0, block_bytes())
+    process.mmap(HPAGE, addr=addr, fixed=True, file=file)
+    machine.thp.shmem_enabled = "advise"
+    process.madvise(addr, HPAGE, Advice.MADV_HUGEPAGE)
+    if written:
+        process.write(addr, b"mine")
+    assert task.finish() is S.SCAN_PAGE_ANON
     machine.audit()
 
 
