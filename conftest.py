@@ -10,7 +10,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--model-steps",
         type=int,
-        default=2000,
+        default=1000,
         metavar="N",
         help="steps of each state machine in tests/properties (default: %(default)s)",
     )
