@@ -35,7 +35,7 @@ with tempfile.TemporaryDirectory() as directory:
     program = Path(directory) / "program"
     program.write_bytes(b"text" * (HPAGE_PMD_SIZE // 4))
 
-    print("Both have counted, the collapse looks first: it sees the writer and puts everything back.")
+    print("Both have counted, the collapse looks first: it sees the writer and takes it all back.")
     machine, app, file, addr = text_of(program)
     collapse = machine.spawn(machine.collapse.steps(app, addr), "khugepaged")
     collapse.run_until("nr_thps")
