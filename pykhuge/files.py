@@ -9,7 +9,14 @@ from typing import Any, TypeVar
 
 from pykhuge.kernel.sched import Steps, Task, steps
 from pykhuge.mm.errors import os_error
-from pykhuge.mm.file_table import foresee_evictions, fput, hold_file, inode_locked, release_file
+from pykhuge.mm.file_table import (
+    foresee_evictions,
+    fput,
+    get_file,
+    hold_file,
+    inode_locked,
+    release_file,
+)
 from pykhuge.mm.filemap import foresee_page_locks
 from pykhuge.mm.mm_types import File, Mm, RegularInode, ShmemInode, ShmemSuperBlock
 from pykhuge.mm.mmzone import Memory
@@ -29,6 +36,8 @@ __all__ = ["FileCalls"]
 
 T = TypeVar("T")
 
+MAX_RW_COUNT = 0x7FFFF000
+MFD_NAME_MAX = 249
 _OPEN_FLAGS = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 
 
@@ -64,6 +73,8 @@ class FileCalls:
         readable = flags & os.O_ACCMODE != os.O_WRONLY
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         create = bool(flags & os.O_CREAT)
+        if tmpfs is not None and tmpfs not in self.mem.mounts:
+            raise ValueError("tmpfs: allowed a mount of this machine, from Machine.tmpfs")
         if tmpfs is not None:
             file = self._open_tmpfs(tmpfs, path, readable, writable, create)
         else:
@@ -105,10 +116,24 @@ class FileCalls:
             yield from shmem_evict_inode(self.mem, inode)
 
     def memfd_create(self, name: str) -> File:
-        """memfd_create(2): an empty shmem file without a name, open for reading and writing."""
+        """memfd_create(2): an empty shmem file without a name, open for reading and writing.
+
+        Other processes have it by `fork` after this call, or by `receive`.
+        Raises: OSError EINVAL for a name of more than 249 bytes or with a NUL.
+        """
         self.check_alive()
+        if len(name.encode()) > MFD_NAME_MAX or "\0" in name:
+            raise os_error(errno.EINVAL, f"name={name!r}: allowed up to {MFD_NAME_MAX} bytes")
         file = shmem_file_setup(self.mem, f"memfd:{name}", 0)
         self.mm.files.append(file)
+        return file
+
+    def receive(self, file: File) -> File:
+        """Have a file that another process has open, as sent over a socket (SCM_RIGHTS)."""
+        self.check_alive()
+        if not any(file in mm.files for mm in self.mem.mms):
+            raise os_error(errno.EBADF, f"{file!r} is not open in any process of this machine")
+        self.mm.files.append(get_file(file))
         return file
 
     @steps
@@ -121,7 +146,7 @@ class FileCalls:
 
     @steps
     def pread(self, file: File, offset: int, length: int) -> Steps[bytes]:
-        """pread(2): up to `length` bytes; fewer at the end of the file.
+        """pread(2): up to `length` bytes; fewer at the end of the file, or beyond 2 GiB.
 
         Raises: OSError EBADF, EINVAL, EIO; KernelPanic if a poisoned line is read: the kernel's
         copy to user space is not machine-check safe.
@@ -131,7 +156,9 @@ class FileCalls:
             raise os_error(errno.EBADF, f"{file.inode.name} is not open for reading")
         _check_offset("offset", offset)
         _check_offset("length", length)
-        return self._held(file, vfs_read(self.mem, self.mm, file, offset, length))
+        return self._held(
+            file, vfs_read(self.mem, self.mm, file, offset, min(length, MAX_RW_COUNT))
+        )
 
     @steps
     def pwrite(self, file: File, offset: int, data: bytes) -> Steps[int]:
@@ -243,6 +270,8 @@ class FileCalls:
 
     def _check_open(self, file: File, *, writable: bool = False) -> None:
         self.check_alive()
+        if not isinstance(file, File):
+            raise TypeError(f"file={file!r}: allowed a File, from open or memfd_create")
         if file not in self.mm.files:
             raise os_error(errno.EBADF, f"{file.inode.name} is not open here")
         if writable and not file.writable:

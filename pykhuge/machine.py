@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from pykhuge import audit
-from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT
+from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.kernel.sched import Steps, Task, steps
 from pykhuge.kernel.trace import Trace
 from pykhuge.khugepaged.control import CollapseControl, KhugepagedSettings
@@ -68,8 +68,12 @@ class Machine:
         recovery: bool = True,
         seed: int = 0,
     ) -> None:
-        if cpus < 1:
-            raise ValueError(f"cpus={cpus}: allowed 1 and more")
+        if not isinstance(cpus, int) or cpus < 1:
+            raise ValueError(f"cpus={cpus!r}: allowed 1 and more")
+        if not isinstance(recovery, bool):
+            raise ValueError(f"recovery={recovery!r}: allowed False and True")
+        if not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed={seed!r}: allowed 0 and more")
         sizes = _node_sizes(memory, nodes)
         self.mem = Memory(
             [size >> PAGE_SHIFT for size in sizes],
@@ -121,8 +125,11 @@ class Machine:
     ) -> Process:
         """A new process with an empty address space."""
         self.check_alive()
-        if not 0 <= cpu < len(self.mem.lru_batches):
-            raise ValueError(f"cpu={cpu}: allowed 0..{len(self.mem.lru_batches) - 1}")
+        self._check_cpu(cpu)
+        if memcg is not None and memcg not in self.mem.memcgs:
+            raise ValueError(
+                f"memcg={memcg!r}: allowed a group of this machine, from Machine.memcg"
+            )
         pid = self.mem.next_pid()
         return Process(
             self.mem, self.khugepaged_settings, comm, pid, memcg or self.mem.memcgs[0], cpu
@@ -139,7 +146,9 @@ class Machine:
         allowed = ("always", "within_size", "advise", "never")
         if huge not in allowed:
             raise ValueError(f"huge={huge!r}: allowed {', '.join(allowed)}")
-        return ShmemSuperBlock(parse_size("size", size) >> PAGE_SHIFT, huge=huge)
+        mount = ShmemSuperBlock(-(-parse_size("size", size) // PAGE_SIZE), huge=huge)
+        self.mem.mounts.append(mount)
+        return mount
 
     def finish_io(self) -> None:
         """Time passes: pages under writeback reach the disk."""
@@ -153,6 +162,10 @@ class Machine:
         for inode in self.mem.inodes:
             if not isinstance(inode, ShmemInode):
                 drop_cache(self.mem, inode.i_mapping)
+
+    def _check_cpu(self, cpu: int) -> None:
+        if not 0 <= cpu < len(self.mem.lru_batches):
+            raise ValueError(f"cpu={cpu}: allowed 0..{len(self.mem.lru_batches) - 1}")
 
     def memcg(self, limit: str | int) -> MemCgroup:
         """A memory cgroup that may use `limit` bytes."""
@@ -170,15 +183,26 @@ class Machine:
         Args:
             addr: 2 MiB aligned.
             is_khugepaged: heed the daemon's limits and `enabled`; False scans as MADV_COLLAPSE.
+        Returns: SCAN_SUCCEED, or why not. SCAN_VMA_CHECK, without a trace event, where the daemon
+        would not even look: by `thp.enabled` it takes only what MADV_HUGEPAGE was asked for.
+        Raises: ValueError for an address that is not aligned, or another machine's process.
         """
+        if not isinstance(process, Process) or process.mem is not self.mem:
+            raise ValueError(f"process={process!r}: allowed a process of this machine")
         if addr % HPAGE_PMD_SIZE:
             raise ValueError(f"addr={addr:#x}: allowed multiples of {HPAGE_PMD_SIZE:#x}")
         cc = CollapseControl(is_khugepaged=is_khugepaged, settings=self.khugepaged_settings)
         return khugepaged_scan_block(self.mem, process.mm, addr, cc)
 
     def spawn(self, generator: Steps[Any], comm: str = "thread", *, cpu: int = 0) -> Task[Any]:
-        """A task that will run `generator` (from a call's `.steps`), step by step."""
+        """A task that will run `generator` (from a call's `.steps`), step by step.
+
+        Raises: TypeError for anything else, ValueError for a CPU that the machine does not have.
+        """
         self.check_alive()
+        if not isinstance(generator, Generator):
+            raise TypeError(f"generator={generator!r}: allowed what a call's .steps(...) returns")
+        self._check_cpu(cpu)
         task: Task[Any] = Task(self.mem.sched, comm, self.mem.next_pid(), cpu)
         task.start(generator)
         return task
@@ -194,7 +218,12 @@ class Machine:
 
     @contextmanager
     def ledger(self) -> Iterator[Ledger]:
-        """Record every change of a counter meanwhile."""
+        """Record every change of a counter meanwhile.
+
+        with machine.ledger() as ledger:
+            process.munmap(addr, length)
+        ledger.balance()  # what did not cancel, by (owner, counter)
+        """
         outer, self.mem.vmstat.ledger = self.mem.vmstat.ledger, Ledger()
         try:
             yield self.mem.vmstat.ledger
@@ -204,18 +233,22 @@ class Machine:
     def audit(self) -> None:
         """Recount everything from first principles.
 
-        Raises: KernelBug with a line for every number that is not what it must be.
+        Raises: KernelBug with a line for every number that is not what it must be; KernelPanic if
+        the host is dead: it died in the middle of something.
         """
+        self.check_alive()
         audit.audit(self.mem)
 
 
 def _node_sizes(memory: str | int, nodes: int | Sequence[str | int]) -> list[int]:
     if isinstance(nodes, int):
-        if nodes < 1:
+        if nodes < 1 or isinstance(nodes, bool):
             raise ValueError(f"nodes={nodes}: allowed 1 and more")
         total = parse_size("memory", memory)
         sizes = [total // nodes] * nodes
     else:
+        if isinstance(nodes, str) or not isinstance(nodes, Sequence) or not nodes:
+            raise ValueError(f"nodes={nodes!r}: allowed a number, or the size of each")
         sizes = [parse_size("nodes", size) for size in nodes]
     for size in sizes:
         if size < HPAGE_PMD_SIZE or size % HPAGE_PMD_SIZE:

@@ -507,7 +507,8 @@ class Process(UserAccess, FileCalls):
         pfn = self.pfn(addr)
         if pfn is None or pfn == self.mem.zero_pfn:
             raise ValueError(
-                f"addr={addr:#x}: allowed where a page of the process's own is present"
+                f"addr={addr:#x}: allowed where a page of the process's own is present;"
+                " write or read it first"
             )
         self.mem.poison.poison(pfn, (addr % PAGE_SIZE) >> LINE_SHIFT if line is None else line)
         return pfn

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ class UserAccess:
         Raises: SegmentationFault; BusError for a poisoned line or a swap error; UserFault.
         """
         check_access(addr, length)
-        out = bytearray(length)
+        parts: list[bytes] = []
         for low, high in _by_block(addr, addr + length):
             try:
                 pfns = yield from self._pages_for(low, high, write=False)
@@ -63,8 +63,8 @@ class UserAccess:
                 self._check_poison_up_to(low, high)
                 raise
             self._check_poison(pfns, low, high)
-            out[low - addr : high - addr] = _gather(self.mem, pfns, low, high)
-        return bytes(out)
+            parts.append(_gather(self.mem, pfns, low, high))
+        return b"".join(parts)
 
     @steps
     def write(self, addr: int, data: bytes | bytearray | memoryview) -> Steps[None]:
@@ -188,9 +188,11 @@ def check_access(addr: int, length: int) -> None:
         raise ValueError(f"addr={addr:#x} length={length}: allowed 0 and more")
 
 
-def _by_block(start: int, end: int) -> list[tuple[int, int]]:
-    cuts = [start, *range((start & -HPAGE_PMD_SIZE) + HPAGE_PMD_SIZE, end, HPAGE_PMD_SIZE), end]
-    return list(itertools.pairwise(cuts)) if start < end else []
+def _by_block(start: int, end: int) -> Iterator[tuple[int, int]]:
+    while start < end:
+        stop = min(end, (start & -HPAGE_PMD_SIZE) + HPAGE_PMD_SIZE)
+        yield start, stop
+        start = stop
 
 
 def _runs(pfns: Pfns, low: int, high: int) -> list[tuple[slice, int, int]]:

@@ -267,9 +267,7 @@ def add_mapper(
     """
     process = block.machine.process(f"other{len(block.maps) - 1}")
     if isinstance(block.file.inode, ShmemInode):
-        process.mm.files.append(block.file)  # as if it had come over a socket (SCM_RIGHTS)
-        block.file.f_count += 1
-        file = block.file
+        file = process.receive(block.file)
     else:
         file = process.open(block.file.inode.path)  # type: ignore[attr-defined]
     where = map_block(process, file, start=block.start, addr=addr, **options)

@@ -1,5 +1,6 @@
 """The system calls of a process that are about open files."""
 
+import errno
 import os
 
 import pytest
@@ -66,3 +67,50 @@ def test_truncation_frees_a_page_that_swap_could_not_take(
     process.ftruncate(file, 0)
     assert not machine.mem.swap.swap_map
     assert machine.mem.pages.refcount[pfn] == 0
+
+
+def test_another_process_receives_an_open_file(machine: Machine, process: Process) -> None:
+    """As over a socket: it outlives the sender's descriptor. What nobody has open is refused."""
+    file = process.memfd_create("sent")
+    process.pwrite(file, 0, b"hello")
+    other = machine.process("other")
+    assert other.receive(file) is file
+    process.close(file)
+    assert other.pread(file, 0, 5) == b"hello"
+    other.close(file)
+    with pytest.raises(OSError, match="not open in any process") as raised:
+        process.receive(file)
+    assert raised.value.errno == errno.EBADF
+    machine.audit()
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 250])
+def test_memfd_names_are_linuxs(machine: Machine, process: Process, name: str) -> None:
+    """EINVAL, and there is no file."""
+    with pytest.raises(OSError, match="allowed up to 249") as raised:
+        process.memfd_create(name)
+    assert raised.value.errno == errno.EINVAL
+    assert machine.mem.inodes == []
+    machine.audit()
+
+
+def test_a_read_is_cut_where_linux_cuts_it(machine: Machine, process: Process) -> None:
+    """MAX_RW_COUNT, before a byte is allocated for it; the file is a hole, and small."""
+    file = process.memfd_create("small")
+    process.ftruncate(file, 10)
+    assert process.pread(file, 0, 1 << 62) == bytes(10)
+    machine.audit()
+
+
+def test_a_call_on_what_is_no_file_says_so(machine: Machine, process: Process) -> None:
+    """TypeError with the value."""
+    with pytest.raises(TypeError, match="file='x': allowed a File"):
+        process.pwrite("x", 0, b"data")  # type: ignore[arg-type]
+    machine.audit()
+
+
+def test_a_mount_is_never_smaller_than_asked_for(machine: Machine, process: Process) -> None:
+    """Sizes are rounded up to a page: 5 bytes are one page, and not no limit."""
+    file = process.open("name", os.O_RDWR | os.O_CREAT, tmpfs=machine.tmpfs(5))
+    assert process.pwrite(file, 0, bytes(3 * PAGE)) == PAGE
+    machine.audit()

@@ -1,12 +1,14 @@
 """Machine: its arguments, its knobs, its allocator; what it shows."""
 
+import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from collapse_kit import HPAGE, NR, PAGE, MakeMachine, advised, faults, fill, pfn_of
 
-from pykhuge import KernelBug, Machine, Process, ScanResult
+from pykhuge import KernelBug, KernelPanic, Machine, Process, ScanResult
 from pykhuge.machine import parse_size
 
 
@@ -186,3 +188,70 @@ def test_large_machine_costs_nothing_until_used(make_machine: MakeMachine) -> No
     addr = advised(process)
     fill(process, addr, [0, 511])
     assert machine.collapse(process, addr) is ScanResult.SCAN_SUCCEED
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recovery": "no"},
+        {"seed": -1},
+        {"seed": 1.5},
+        {"cpus": 1.5},
+        {"nodes": []},
+        {"nodes": "2"},
+        {"nodes": 1.5},
+    ],
+    ids=str,
+)
+def test_a_machine_names_the_argument_it_does_not_take(options: dict[str, object]) -> None:
+    """And the value, and what is allowed."""
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"{name}=.*allowed"):
+        Machine("16M", **options)  # type: ignore[arg-type]
+
+
+def test_what_belongs_to_another_machine_is_refused(machine: Machine) -> None:
+    """Processes, cgroups and mounts know whose they are; nothing has changed in either."""
+    other = Machine("16M")
+    stranger = other.process("stranger")
+    addr = advised(stranger)
+    with pytest.raises(ValueError, match="allowed a process of this machine"):
+        machine.collapse(stranger, addr)
+    with pytest.raises(ValueError, match="allowed a group of this machine"):
+        machine.process(memcg=other.memcg("1M"))
+    with pytest.raises(ValueError, match="allowed a mount of this machine"):
+        stranger.open("name", os.O_RDWR | os.O_CREAT, tmpfs=machine.tmpfs())
+    other.audit()
+    machine.audit()
+
+
+def test_spawn_takes_what_steps_returns(machine: Machine) -> None:
+    """A call without .steps is the likely slip."""
+    with pytest.raises(TypeError, match=r"allowed what a call's \.steps"):
+        machine.spawn(machine.collapse)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"cpu=9: allowed 0\.\.0"):
+        machine.spawn(machine.process().munmap.steps(0, 4096), cpu=9)
+    machine.audit()
+
+
+def test_calls_show_their_signature_and_text(process: Process) -> None:
+    """Inspect and help see the method behind a call that can be taken in steps."""
+    assert str(inspect.signature(process.munmap)) == "(addr: 'int', length: 'int') -> 'Steps[None]'"
+    assert repr(process.munmap).startswith("<Process.munmap(addr")
+
+
+def test_a_wrong_step_name_is_told_with_those_there_were(machine: Machine) -> None:
+    """run_until() has run the call to its end by then."""
+    process = machine.process()
+    addr = process.mmap(4096)
+    task = machine.spawn(process.munmap.steps(addr, 4096))
+    with pytest.raises(LookupError, match="it had: acquire mmap_lock for write, release"):
+        task.run_until("copy")
+    machine.audit()
+
+
+def test_a_dead_machine_is_not_audited(machine: Machine) -> None:
+    """It died in the middle of something: the panic again, not its consequences."""
+    machine.mem.die("for the test")
+    with pytest.raises(KernelPanic):
+        machine.audit()

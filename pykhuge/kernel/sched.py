@@ -14,6 +14,7 @@ A function made with `@steps` is called plainly, or with `.steps` for its genera
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, overload
@@ -218,16 +219,23 @@ class Task(Holder, Generic[T]):
         return True
 
     def run_until(self, where: str) -> None:
-        """Step until the announced step reads `where`, e.g. "copy" or "release mmap_lock".
+        """Step until the announced step, `str(task.pending)`, is `where`.
 
-        Raises: WouldBlock if it has to wait first, LookupError if it ends without coming there.
+        Steps are locks awaited and dropped ("acquire mmap_lock for write", "release mmap_lock"),
+        waits, and named places: "swapin" and "copied" in a collapse of anonymous memory;
+        "scanned", "swapin" or "readahead", "nr_thps", "copy" and "copied" in that of a file.
+        Raises: WouldBlock if it has to wait first; LookupError, naming the steps there were, if it
+        has run to its end without coming there.
         """
+        met: dict[str, None] = {}
         while self.step():
             if self.pending is not None and str(self.pending) == where:
                 return
+            met[str(self.pending)] = None
         if not self.done:
             raise WouldBlock(f"{self.comm} waits: {self.pending}")
-        raise LookupError(f"{self.comm} ended without a step {where!r}")
+        steps_met = ", ".join(step for step in met if step != "None")
+        raise LookupError(f"{self.comm} ended without a step {where!r}; it had: {steps_met}")
 
     def finish(self) -> T | None:
         """Run to the end and return the result.
@@ -281,6 +289,16 @@ class BoundSteps(Generic[P, T]):
     def __init__(self, function: Callable[..., Steps[T]], owner: HasTask) -> None:
         self._function = function
         self._owner = owner
+
+    @property
+    def __wrapped__(self) -> Callable[..., Steps[T]]:
+        """The method, for inspect.signature and help."""
+        method: Callable[..., Steps[T]] = self._function.__get__(self._owner)
+        return method
+
+    def __repr__(self) -> str:
+        call = f"{self._function.__qualname__}{inspect.signature(self.__wrapped__)}"
+        return f"<{call}; with .steps, the same to be run step by step>"
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         self._owner.check_alive()

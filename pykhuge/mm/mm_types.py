@@ -197,7 +197,7 @@ class RegularInode(Inode):
     closer: Callable[[], object] = field(init=False)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class File:
     """struct file: an open file. f_count: descriptors and VMAs that refer to it.
 
@@ -209,6 +209,10 @@ class File:
     writable: bool
     ra_pages: int
     f_count: int = 1
+
+    def __repr__(self) -> str:
+        modes = "read" * self.readable + " " * (self.readable and self.writable)
+        return f"<File {self.inode.name}, {modes}{'write' * self.writable}>"
 
     @property
     def f_mapping(self) -> AddressSpace:

@@ -170,6 +170,7 @@ class Memory:
         self.inodes: list[Inode] = []
         self.regular_inodes: dict[tuple[int, int], RegularInode] = {}  # by device and number
         self.shm_mnt = ShmemSuperBlock()
+        self.mounts: list[ShmemSuperBlock] = []
         self.vm_committed_as = 0
         self.commit_limit: int | None = None
         # Pages that one read asks the disk for (VM_READAHEAD_PAGES: 128 KiB), and the most of it.

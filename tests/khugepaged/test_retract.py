@@ -87,8 +87,7 @@ def test_a_slot_notes_eight_blocks_and_drops_the_ninth(machine: Machine) -> None
     """MAX_PTE_MAPPED_THP: what does not fit is forgotten."""
     process, other = machine.process("app"), machine.process("other")
     file = memfd(process, range(0), size=9 * HPAGE)
-    other.mm.files.append(file)
-    file.f_count += 1
+    other.receive(file)
     addr = process.mmap(9 * HPAGE, file=file, shared=True)
     theirs = other.mmap(9 * HPAGE, file=file, shared=True)
     for number in range(9):
@@ -163,8 +162,7 @@ def test_a_mapping_out_of_step_or_too_short_is_passed_over(block: FileBlock) -> 
     """They keep their tables, and nobody notes them."""
     whole = add_mapper(block, range(3))
     process = block.machine.process("odd")
-    process.mm.files.append(block.file)
-    block.file.f_count += 1
+    process.receive(block.file)
     odd = process.mmap(HPAGE, addr=0x40001000, fixed=True, file=block.file, shared=True)
     short = process.mmap(HPAGE - PAGE, addr=0x60000000, fixed=True, file=block.file, shared=True)
     process.read(odd, 1)
