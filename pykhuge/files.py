@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any, TypeVar
 
 from pykhuge.kernel.sched import Steps, Task, steps
-from pykhuge.mm.errors import os_error
+from pykhuge.mm.errors import check_int, os_error
 from pykhuge.mm.file_table import (
     foresee_evictions,
     fput,
@@ -65,6 +65,7 @@ class FileCalls:
             flags: O_RDONLY, O_WRONLY or O_RDWR, with O_CREAT, O_TRUNC.
         Raises: OSError, among others ENOENT; EINVAL for other flags or what is no regular file.
         """
+        check_int(flags=flags)
         if flags & ~_OPEN_FLAGS:
             raise os_error(
                 errno.EINVAL,
@@ -199,6 +200,7 @@ class FileCalls:
         """
         self._check_open(file, writable=True)
         _check_offset("offset", offset)
+        check_int(length=length)
         if length <= 0:
             raise os_error(errno.EINVAL, f"length={length}: allowed 1 and more")
         inode, end = file.inode, offset + length
@@ -279,5 +281,6 @@ class FileCalls:
 
 
 def _check_offset(name: str, value: int) -> None:
+    check_int(**{name: value})
     if not 0 <= value < 1 << 63:
         raise os_error(errno.EINVAL, f"{name}={value}: allowed 0..{(1 << 63) - 1}")

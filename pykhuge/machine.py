@@ -14,6 +14,7 @@ from pykhuge.kernel.trace import Trace
 from pykhuge.khugepaged.control import CollapseControl, KhugepagedSettings
 from pykhuge.khugepaged.scan import khugepaged_scan_block
 from pykhuge.khugepaged.scan_result import ScanResult
+from pykhuge.mm.errors import check_int
 from pykhuge.mm.filemap import drop_cache
 from pykhuge.mm.mm_types import MemCgroup, ShmemInode, ShmemSuperBlock
 from pykhuge.mm.mmzone import LOCAL_DISTANCE, REMOTE_DISTANCE, Memory, ThpSettings
@@ -189,6 +190,7 @@ class Machine:
         """
         if not isinstance(process, Process) or process.mem is not self.mem:
             raise ValueError(f"process={process!r}: allowed a process of this machine")
+        check_int(addr=addr)
         if addr % HPAGE_PMD_SIZE:
             raise ValueError(f"addr={addr:#x}: allowed multiples of {HPAGE_PMD_SIZE:#x}")
         cc = CollapseControl(is_khugepaged=is_khugepaged, settings=self.khugepaged_settings)

@@ -19,7 +19,7 @@ from pykhuge.kernel.sched import Acquire, Release, Steps, Task, steps
 from pykhuge.khugepaged.control import CollapseControl, KhugepagedSettings
 from pykhuge.khugepaged.madvise import madvise_collapse
 from pykhuge.mm import userfaultfd
-from pykhuge.mm.errors import BUS_MCEERR_AR, BusError, SegmentationFault, os_error
+from pykhuge.mm.errors import BUS_MCEERR_AR, BusError, SegmentationFault, check_int, os_error
 from pykhuge.mm.fault import find_vma, handle_mm_fault
 from pykhuge.mm.file_table import get_file, inode_locked, release_file
 from pykhuge.mm.fork import dup_mmap
@@ -230,6 +230,7 @@ class Process(UserAccess, FileCalls):
             noreserve: MAP_NORESERVE: shared memory is committed page by page.
         Raises: OSError EINVAL, ENOMEM, EACCES (the file is not open for that), EBADF.
         """
+        check_int(length=length, offset=offset)
         flags = _check_prot(prot) | VM_SHARED * shared
         if offset % PAGE_SIZE or offset < 0 or (offset and file is None):
             raise os_error(
@@ -525,6 +526,7 @@ class Process(UserAccess, FileCalls):
 
 
 def _check_prot(prot: int) -> int:
+    check_int(prot=prot)
     if prot & ~(PROT_READ | PROT_WRITE | PROT_EXEC):
         raise os_error(
             errno.EINVAL, f"prot={prot:#x}: allowed an OR of PROT_READ, PROT_WRITE, PROT_EXEC"

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.hw.poison import LINE_SHIFT
 from pykhuge.kernel.sched import Steps, Task, steps
-from pykhuge.mm.errors import BUS_MCEERR_AR, BusError, SegmentationFault
+from pykhuge.mm.errors import BUS_MCEERR_AR, BusError, SegmentationFault, check_int
 from pykhuge.mm.fault import access_vma, find_vma, handle_mm_fault
 from pykhuge.mm.gup import follow_page
 from pykhuge.mm.mm_types import (
@@ -184,6 +184,7 @@ class UserAccess:
 
 def check_access(addr: int, length: int) -> None:
     """Raises: ValueError if this cannot be a range of memory."""
+    check_int(addr=addr, length=length)
     if addr < 0 or length < 0:
         raise ValueError(f"addr={addr:#x} length={length}: allowed 0 and more")
 

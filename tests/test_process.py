@@ -3,6 +3,7 @@
 import errno
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from collapse_kit import HPAGE, NR, PAGE, advised, block_bytes, counters, faults, fill
 
@@ -189,3 +190,31 @@ def test_advice_on_part_of_a_mapping_ends_there(process: Process, end: int) -> N
     process.madvise(addr, end * PAGE, Advice.MADV_DONTNEED)
     assert process.mm.rss_stat[1] == NR - end
     assert process.read(addr + end * PAGE, HPAGE - end * PAGE) == block_bytes(end, NR - end)
+
+
+CALLS: dict[str, Callable[[Process], object]] = {
+    "length": lambda process: process.mmap("2M"),  # type: ignore[arg-type]
+    "offset": lambda process: process.mmap(PAGE, offset=1.5),  # type: ignore[arg-type]
+    "prot": lambda process: process.mmap(PAGE, prot="rw"),  # type: ignore[arg-type]
+    "addr": lambda process: process.munmap("x", PAGE),  # type: ignore[arg-type]
+    "flags": lambda process: process.open("/dev/null", "r"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_argument_that_is_no_integer_is_named(
+    machine: Machine, process: Process, name: str
+) -> None:
+    """TypeError with the value and what is allowed, before anything has changed."""
+    with pytest.raises(TypeError, match=f"{name}=.*: allowed integers"):
+        CALLS[name](process)
+    assert process.mm.vmas == []
+    machine.audit()
+
+
+def test_numpys_integers_are_integers(machine: Machine, process: Process) -> None:
+    """Addresses come out of arrays too."""
+    addr = process.mmap(np.int64(PAGE))
+    process.write(np.int64(addr), b"x")
+    assert process.read(np.int64(addr), np.int64(1)) == b"x"
+    machine.audit()

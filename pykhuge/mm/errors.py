@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 
 from pykhuge.kernel.sched import WouldBlock
@@ -13,6 +14,7 @@ __all__ = [
     "PageLocked",
     "SegmentationFault",
     "UserFault",
+    "check_int",
     "os_error",
 ]
 
@@ -24,6 +26,15 @@ def os_error(number: int, text: str) -> OSError:
 
 BUS_ADRERR = 2
 BUS_MCEERR_AR = 4
+
+
+def check_int(**values: object) -> None:
+    """Raises: TypeError naming the first of `values` that is no integer."""
+    for name, value in values.items():
+        try:
+            operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            raise TypeError(f"{name}={value!r}: allowed integers") from None
 
 
 class BusError(Exception):

@@ -15,7 +15,7 @@ import numpy as np
 from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.kernel.locking import WRITE
 from pykhuge.kernel.sched import Acquire, Release, Steps
-from pykhuge.mm.errors import os_error
+from pykhuge.mm.errors import check_int, os_error
 from pykhuge.mm.file_table import (
     foresee_evictions,
     link_file_vma,
@@ -71,6 +71,7 @@ TASK_SIZE = 1 << 47
 
 def check_range(addr: int, length: int) -> int:
     """The end of an address range, checked as system calls do. Raises: OSError EINVAL, ENOMEM."""
+    check_int(addr=addr, length=length)
     if addr % PAGE_SIZE:
         raise os_error(errno.EINVAL, f"addr={addr:#x}: allowed multiples of {PAGE_SIZE}")
     if length <= 0:
@@ -108,6 +109,7 @@ def do_mmap(
     """
     if file is not None:
         _check_file_access(file, vm_flags)
+    check_int(length=length)
     if length <= 0:
         raise os_error(errno.EINVAL, f"length={length}: allowed 1 and more")
     if addr is not None:

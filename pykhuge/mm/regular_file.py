@@ -16,7 +16,7 @@ import weakref
 import numpy as np
 
 from pykhuge.hw.memory import HPAGE_PMD_NR, PAGE_SHIFT, PAGE_SIZE
-from pykhuge.kernel.sched import Preempt, Steps
+from pykhuge.kernel.sched import Foresee, Preempt, Steps
 from pykhuge.mm.errors import PageLocked, os_error
 from pykhuge.mm.filemap import (
     add_to_page_cache,
@@ -247,7 +247,8 @@ def fsync(mem: Memory, file: File) -> Steps[None]:
     """Write all dirty pages, and wait for the disk. Raises: OSError EIO if one could not be."""
     yield Preempt("fsync")
     mapping = file.f_mapping
-    yield from foresee_page_locks(mem, mapping, 0, 1 << 52)
+    unlocked = f"dirty pages of {file.inode.name} are unlocked"
+    yield Foresee(unlocked, lambda: _locked_dirty_page(mem, mapping) is None)
     while (busy := _locked_dirty_page(mem, mapping)) is not None:
         yield from wait_on_page(mem, busy)
     finish_io(mem)

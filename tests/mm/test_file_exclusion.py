@@ -258,6 +258,21 @@ def test_fsync_waits_for_a_locked_page(machine: Machine, process: Process, tmp_p
     machine.audit()
 
 
+def test_fsync_does_not_wait_for_clean_pages(
+    machine: Machine, process: Process, tmp_path: Path
+) -> None:
+    """Nor for a collapse of another block, whose pages are locked and clean."""
+    file = disk(machine, process, tmp_path)
+    process.pwrite(file, HPAGE, b"dirty")
+    addr = process.mmap(HPAGE, file=file, shared=True)
+    process.read(addr, PAGE)
+    held = process.lock_page(addr)
+    process.fsync(file)
+    assert (tmp_path / "block").read_bytes()[HPAGE:] == b"dirty"
+    held.release()
+    machine.audit()
+
+
 def test_writeback_clears_what_was_stored_behind_the_end(
     machine: Machine, process: Process, tmp_path: Path
 ) -> None:

@@ -15,7 +15,6 @@ import errno
 import os
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,15 +24,14 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
     rule,
-    run_state_machine_as_test,
 )
+from properties.machines import Steps, address, pattern, run_machine, size, some_pages
 from properties.shadow import (
     BASE,
     BLOCK,
@@ -81,11 +79,6 @@ which = st.integers(0, MAX_FILES - 1)
 seeds = st.integers(0, 1 << 16)
 block_numbers = st.integers(0, NR_BLOCKS - 1)
 whole_blocks = block_numbers.map(lambda block: slice(block * 512, block * 512 + 512))
-some_pages = st.builds(
-    lambda first, nr: slice(first, min(first + nr, NR_PAGES)),
-    st.integers(0, NR_PAGES - 1),
-    st.one_of(st.integers(1, 4), st.integers(1, 1024)),
-)
 page_ranges = st.one_of(whole_blocks, whole_blocks, some_pages)
 byte_ranges = st.builds(
     lambda pages, skip, length: (
@@ -106,18 +99,6 @@ prots = st.sampled_from(
 )
 
 
-def address(pages: slice) -> int:
-    return BASE + int(pages.start) * PAGE
-
-
-def size(pages: slice) -> int:
-    return int(pages.stop - pages.start) * PAGE
-
-
-def pattern(seed: int, length: int) -> bytes:
-    return np.random.default_rng(seed).bytes(length)
-
-
 @dataclass(eq=False)
 class Actor:
     """A process, what it should see, and what it has open."""
@@ -125,13 +106,6 @@ class Actor:
     process: Process
     shadow: FileShadow = field(default_factory=FileShadow)
     opened: dict[ShadowFile, File] = field(default_factory=dict)
-
-
-class Steps:
-    """How many steps were really taken, and what came of the collapses among them."""
-
-    taken = 0
-    met: ClassVar[Counter[str]] = Counter()
 
 
 class FileOperations(RuleBasedStateMachine):
@@ -1383,18 +1357,4 @@ def test_files_hold_what_was_written_whatever_happens(
     kind: type[FileOperations], model_steps: int
 ) -> None:
     """Any sequence of operations leaves every byte, count, lock and reference as it must be."""
-    Steps.taken, Steps.met = 0, Counter()
-    run_state_machine_as_test(
-        kind,
-        settings=settings(
-            max_examples=-(-model_steps // kind.STEPS_AN_EXAMPLE),
-            stateful_step_count=50,
-            derandomize=True,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
-    assert Steps.taken >= model_steps
-    if model_steps >= 1000:
-        assert set(Steps.met) >= kind.WANTED, Steps.met
+    run_machine(kind, model_steps)

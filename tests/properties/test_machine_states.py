@@ -9,21 +9,19 @@ machine is audited and all memory is held against the shadow. `--model-steps` ma
 from __future__ import annotations
 
 import errno
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
     rule,
-    run_state_machine_as_test,
 )
+from properties.machines import Steps, address, pattern, run_machine, size, some_pages
 from properties.shadow import (
     BASE,
     BLOCK,
@@ -62,11 +60,6 @@ EHWPOISON = 133
 who = st.integers(0, MAX_PROCESSES - 1)
 seeds = st.integers(0, 1 << 16)
 blocks = st.integers(0, NR_BLOCKS - 1).map(lambda block: slice(block * 512, block * 512 + 512))
-some_pages = st.builds(
-    lambda first, nr: slice(first, min(first + nr, NR_PAGES)),
-    st.integers(0, NR_PAGES - 1),
-    st.one_of(st.integers(1, 4), st.integers(1, 1024)),
-)
 page_ranges = st.one_of(blocks, some_pages)
 # Many accesses meet where something happened before: at the edges of blocks.
 byte_ranges = st.builds(
@@ -83,18 +76,6 @@ byte_ranges = st.builds(
 prots = st.sampled_from(
     [READ_WRITE, READ_WRITE, PROT_READ, PROT_NONE, PROT_WRITE, PROT_READ | PROT_EXEC]
 )
-
-
-def address(pages: slice) -> int:
-    return BASE + int(pages.start) * PAGE
-
-
-def size(pages: slice) -> int:
-    return int(pages.stop - pages.start) * PAGE
-
-
-def pattern(seed: int, length: int) -> bytes:
-    return np.random.default_rng(seed).bytes(length)
 
 
 @dataclass(eq=False)
@@ -676,13 +657,6 @@ class Operations(RuleBasedStateMachine):
         assert not self.machine.mem.mappings, "anon_vmas have leaked"
 
 
-class Steps:
-    """How many steps were really taken, and what came of the collapses among them."""
-
-    taken = 0
-    met: ClassVar[Counter[str]] = Counter()
-
-
 class PausedCollapses(Operations):
     """The same, while collapses stand still wherever they can lose the CPU."""
 
@@ -790,18 +764,4 @@ def test_memory_holds_what_was_written_whatever_happens(
     kind: type[Operations], model_steps: int
 ) -> None:
     """Any sequence of operations leaves every byte, count, lock and reference as it must be."""
-    Steps.taken, Steps.met = 0, Counter()
-    run_state_machine_as_test(
-        kind,
-        settings=settings(
-            max_examples=-(-model_steps // kind.STEPS_AN_EXAMPLE),
-            stateful_step_count=50,
-            derandomize=True,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
-    assert Steps.taken >= model_steps
-    if model_steps >= 1000:
-        assert set(Steps.met) >= kind.WANTED, Steps.met
+    run_machine(kind, model_steps)
