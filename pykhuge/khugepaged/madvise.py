@@ -82,10 +82,11 @@ def madvise_collapse(
 def _map_by_pmd(mem: Memory, mm: Mm, addr: int) -> Steps[ScanResult]:
     """The page cache holds a huge page already: map it so."""
     yield Acquire(mm.mmap_lock, WRITE)
+    task = mem.sched.current
     try:
         result = yield from collapse_pte_mapped_thp(mem, mm, addr, install_pmd=True)
     except GeneratorExit:
-        mm.mmap_lock.unlock(mem.sched.current)
+        mm.mmap_lock.unlock(task)
         raise
     yield Release(mm.mmap_lock)
     return result

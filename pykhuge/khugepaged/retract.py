@@ -133,7 +133,8 @@ def khugepaged_add_pte_mapped_thp(mm: Mm, addr: int) -> bool:
 
 def khugepaged_collapse_pte_mapped_thps(mem: Memory, mm: Mm) -> Steps[None]:
     """The daemon looks at the blocks noted, if nobody holds mmap_lock, and forgets them."""
-    if not mm.pte_mapped_thp or not mm.mmap_lock.trylock(mem.sched.current, WRITE):
+    task = mem.sched.current
+    if not mm.pte_mapped_thp or not mm.mmap_lock.trylock(task, WRITE):
         return
     try:
         if mm.mm_users:
@@ -141,7 +142,7 @@ def khugepaged_collapse_pte_mapped_thps(mem: Memory, mm: Mm) -> Steps[None]:
                 yield from collapse_pte_mapped_thp(mem, mm, addr, install_pmd=False)
         mm.pte_mapped_thp.clear()
     except GeneratorExit:
-        mm.mmap_lock.unlock(mem.sched.current)
+        mm.mmap_lock.unlock(task)
         raise
     yield Release(mm.mmap_lock)
 

@@ -71,10 +71,11 @@ def foresee_evictions(mem: Memory, dropped: Counter[File]) -> Steps[None]:
 def inode_locked(mem: Memory, inode: Inode, call: Steps[T]) -> Steps[T]:
     """`call` with the inode locked: writes, truncation and preallocation exclude each other."""
     yield Acquire(inode.i_rwsem, WRITE)
+    task = mem.sched.current
     try:
         result = yield from call
     except GeneratorExit:
-        inode.i_rwsem.unlock(mem.sched.current)
+        inode.i_rwsem.unlock(task)
         raise
     except BaseException:
         if mem.panic is None:
