@@ -17,7 +17,7 @@ from pykhuge.mm.file_table import (
     inode_locked,
     release_file,
 )
-from pykhuge.mm.filemap import foresee_page_locks
+from pykhuge.mm.filemap import file_page, foresee_page_locks
 from pykhuge.mm.mm_types import File, Mm, RegularInode, ShmemInode, ShmemSuperBlock
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import PG_private
@@ -247,7 +247,7 @@ class FileCalls:
         entry = file.f_mapping.i_pages.load(index)
         if entry <= 0:
             return None
-        return entry + index % 512 if file.f_mapping.i_pages.order(index) else entry
+        return file_page(self.mem, entry, index)
 
     def _changing(self, file: File, call: Steps[T]) -> Steps[T]:
         """`call`, which changes contents or size of the file, with the inode locked."""

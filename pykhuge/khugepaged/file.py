@@ -22,13 +22,13 @@ from pykhuge.khugepaged.retract import retract_page_tables
 from pykhuge.khugepaged.scan_result import ScanResult
 from pykhuge.khugepaged.trace_events import mm_khugepaged_collapse_file
 from pykhuge.mm.copy_mc import copy_mc_pages
-from pykhuge.mm.errors import PageLocked
 from pykhuge.mm.filemap import (
     filemap_release_pages,
     find_page,
     mod_nr_thps,
+    mod_nrpages,
     unlock_page,
-    wait_on_page,
+    when_unlocked,
 )
 from pykhuge.mm.huge_memory import OutOfMemory
 from pykhuge.mm.mm_types import File, Mm, ShmemInode
@@ -292,17 +292,15 @@ def _bring_in(c: FileCollapse, index: int) -> Steps[bool]:
         nr = HPAGE_PMD_NR - index % HPAGE_PMD_NR
         page_cache_sync_readahead(mem, c.file, index, nr, memcg=memcg, nid=nid)
         lru_add_drain(mem)
-    while True:
-        try:
-            if c.shmem is None:
-                return find_page(mem, c.mapping, index) is not None
-            shmem_get_folio(mem, c.shmem, index, Sgp.SGP_NOALLOC, memcg=memcg, nid=nid)
-            return True
-        except PageLocked as locked:
-            busy = locked.pfn
-        except (OSError, OutOfMemory):
-            return False
-        yield from wait_on_page(mem, busy)
+        return (yield from when_unlocked(mem, find_page, mem, c.mapping, index)) is not None
+    noalloc = Sgp.SGP_NOALLOC
+    try:
+        yield from when_unlocked(
+            mem, shmem_get_folio, mem, c.shmem, index, noalloc, memcg=memcg, nid=nid
+        )
+    except (OSError, OutOfMemory):
+        return False
+    return True
 
 
 def _nr_thps_inc(c: FileCollapse) -> Steps[ScanResult]:
@@ -392,8 +390,7 @@ def _roll_back(c: FileCollapse) -> None:
     mem, slots = c.mem, c.slots
     if c.nr_none:
         assert c.shmem is not None
-        c.mapping.nrpages -= c.nr_none
-        mem.vmstat.post(c.file.inode.name, "nrpages", -c.nr_none)
+        mod_nrpages(mem, c.mapping, -c.nr_none)
         shmem_uncharge(mem, c.shmem, c.nr_none)
     taken = slots == c.hpage
     slots[taken] = c.pages[taken]

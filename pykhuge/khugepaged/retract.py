@@ -16,10 +16,9 @@ from pykhuge.kernel.sched import Acquire, Release, Steps
 from pykhuge.khugepaged.control import CollapseControl
 from pykhuge.khugepaged.revalidate import find_pmd_or_thp_or_none
 from pykhuge.khugepaged.scan_result import ScanResult
-from pykhuge.mm.errors import PageLocked
 from pykhuge.mm.fault import vma_lookup
 from pykhuge.mm.file_fault import do_set_pmd
-from pykhuge.mm.filemap import find_page, wait_on_page
+from pykhuge.mm.filemap import find_page, when_unlocked
 from pykhuge.mm.gup import LockedPage
 from pykhuge.mm.huge_memory import free_page_table, hugepage_vma_check
 from pykhuge.mm.mm_types import VM_UFFD_WP, AddressSpace, Mm, Vma
@@ -190,13 +189,7 @@ def collapse_pte_mapped_thp(
 
 def _find_lock_page(mem: Memory, mapping: AddressSpace, index: int) -> Steps[LockedPage | None]:
     """The page cached at `index`, locked and referenced; None if there is none."""
-    while True:
-        try:
-            pfn = find_page(mem, mapping, index)
-            break
-        except PageLocked as locked:
-            busy = locked.pfn
-        yield from wait_on_page(mem, busy)
+    pfn = yield from when_unlocked(mem, find_page, mem, mapping, index)
     if pfn is None:
         return None
     mem.pages.refcount[mem.pages.head_of(pfn)] += 1

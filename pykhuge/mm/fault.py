@@ -77,6 +77,7 @@ from pykhuge.mm.page_table import (
     pmd_trans_huge,
     pte_index,
     pte_pfn,
+    run_of_none,
     swp_offset,
     swp_type,
 )
@@ -208,7 +209,7 @@ def _fault_block(mem: Memory, vma: Vma, start: int, end: int, write: bool) -> No
         if vma.vm_file is not None and (pte == 0 or is_marker(pte)):
             nr = do_fault(mem, vma, addr, ptes, first, last, write)
         elif pte == 0:
-            nr = _run_of_none(ptes[first:last])
+            nr = run_of_none(ptes[first:last])
             _do_anonymous_pages(mem, vma, addr, ptes[first : first + nr], write)
         elif is_swap_pte(pte):
             nr = 1
@@ -235,11 +236,6 @@ def _pmd_fault(mem: Memory, vma: Vma, addr: int, write: bool) -> bool:
             return True
         split_huge_pmd(mem, vma, addr)
     return map_huge_file_page(mem, vma, addr, write)
-
-
-def _run_of_none(ptes: Ptes) -> int:
-    some = ptes != 0
-    return int(some.argmax()) if some.any() else len(ptes)
 
 
 def _do_anonymous_pages(mem: Memory, vma: Vma, addr: int, ptes: Ptes, write: bool) -> None:

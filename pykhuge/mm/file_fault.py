@@ -6,6 +6,9 @@ private write maps a copy. Huge pages are mapped by a PMD where that fits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 
 from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
@@ -31,6 +34,7 @@ from pykhuge.mm.page_table import (
     PAGE_UFFD_WP,
     Ptes,
     pfn_ptes,
+    run_of_none,
 )
 from pykhuge.mm.page_writeback import set_page_dirty
 from pykhuge.mm.regular_file import read_folio
@@ -92,7 +96,8 @@ def map_huge_file_page(mem: Memory, vma: Vma, addr: int, write: bool) -> bool:
         raise BusError(addr, BUS_ADRERR)
     missing = mapping.i_pages.load(index) == 0
     if missing and isinstance(inode, ShmemInode) and shmem_is_huge(mem, inode, index, vma):
-        _try_get_page(mem, vma, addr)
+        with _sigbus_at(addr):
+            _get_pages(mem, vma, index, 1)
     head = mapping.i_pages.load(index)
     if not mapping.i_pages.order(index):
         return False
@@ -107,15 +112,6 @@ def map_huge_file_page(mem: Memory, vma: Vma, addr: int, write: bool) -> bool:
     return True
 
 
-def _try_get_page(mem: Memory, vma: Vma, addr: int) -> None:
-    try:
-        _get_pages(mem, vma, vma.linear_page_index(addr), 1)
-    except UserFault:
-        raise
-    except OSError as error:
-        raise BusError(addr, BUS_ADRERR) from error
-
-
 def do_fault(
     mem: Memory, vma: Vma, addr: int, ptes: Ptes, place: int, end: int, write: bool
 ) -> int:
@@ -126,12 +122,19 @@ def do_fault(
     Returns: how many faults that were; neighbours that need the same are brought in together.
     Raises: BusError, UserFault, OutOfMemory, PageLocked.
     """
-    try:
+    with _sigbus_at(addr):
         if not write:
             return _do_read_fault(mem, vma, addr, ptes, place, end)
         if vma.vm_flags & VM_SHARED:
             return _map_run(mem, vma, addr, ptes, place, end, write=True)
         return _do_cow_fault(mem, vma, addr, ptes, place)
+
+
+@contextmanager
+def _sigbus_at(addr: int) -> Iterator[None]:
+    """vmf_error(): an errno is SIGBUS to who touched `addr`; a wait for userfaultfd stays one."""
+    try:
+        yield
     except UserFault:
         raise
     except OSError as error:
@@ -188,8 +191,7 @@ def _map_run(
     """Map the page at `addr`, and those behind it that need the same, each a fault of its own."""
     assert vma.vm_file is not None
     index = vma.linear_page_index(addr)
-    empty = ptes[place:end] == 0
-    nr = max(1, int(empty.argmin()) if not empty.all() else len(empty))
+    nr = max(1, run_of_none(ptes[place:end]))
     pages = _cached(mem, vma, index, nr if write else 1)
     if pages[0] == 0:
         pages = _get_pages(mem, vma, index, nr)
@@ -211,10 +213,10 @@ def _get_pages(mem: Memory, vma: Vma, index: int, nr: int) -> Pfns:
         page = read_folio(mem, file, index, window, memcg=mm.memcg, nid=mm.preferred_node)
         return np.array([page])
     within = -(-inode.i_size // PAGE_SIZE) - index
-    holes = inode.i_mapping.i_pages.node(index)[index % HPAGE_PMD_NR :][: min(nr, within)] == 0
+    slots = inode.i_mapping.i_pages.node(index)[index % HPAGE_PMD_NR :][: max(0, min(nr, within))]
     plain = not vma.vm_flags & VM_UFFD_MISSING and not shmem_is_huge(mem, inode, index, vma)
-    if within > 0 and holes[0] and plain:
-        nr_holes = int(holes.argmin()) if not holes.all() else len(holes)
+    nr_holes = run_of_none(slots)
+    if nr_holes and plain:
         return shmem_add_pages(mem, inode, index, nr_holes, memcg=mm.memcg, nid=mm.preferred_node)
     page_or_none = shmem_get_folio(
         mem, inode, index, Sgp.SGP_CACHE, memcg=mm.memcg, nid=mm.preferred_node, vma=vma

@@ -8,6 +8,9 @@ collapse is under way, its new huge page stands locked, and not up to date, in a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
@@ -58,14 +61,19 @@ __all__ = [
     "find_page",
     "foresee_page_locks",
     "mod_nr_thps",
+    "mod_nrpages",
     "mod_swapped",
     "split_huge_file_page",
     "truncate_pages",
     "unlock_page",
     "wait_on_page",
     "wait_on_page_writeback",
+    "when_unlocked",
     "zero_partial_page",
 ]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 U_LOCKED = np.uint32(PG_locked)
 
@@ -91,13 +99,24 @@ def wait_on_page(mem: Memory, pfn: int) -> Steps[None]:
     yield Until(f"page {pfn:#x} is unlocked", lambda: not flags[pfn] & PG_locked)
 
 
+def when_unlocked(mem: Memory, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Steps[T]:
+    """Make a call that finds pages, again after each wait for one of them that was locked."""
+    while True:
+        try:
+            return call(*args, **kwargs)
+        except PageLocked as locked:
+            busy = locked.pfn
+        yield from wait_on_page(mem, busy)
+
+
 def unlock_page(mem: Memory, pfn: int) -> None:
     """unlock_page() of a page in `Memory.page_locks`; those who wait for it may go on."""
     mem.pages.flags[pfn] &= np.uint32(~PG_locked & 0xFFFFFFFF)
     del mem.page_locks[pfn]
 
 
-def _mod_nrpages(mem: Memory, mapping: AddressSpace, nr: int) -> None:
+def mod_nrpages(mem: Memory, mapping: AddressSpace, nr: int) -> None:
+    """The cache holds `nr` pages more."""
     mapping.nrpages += nr
     mem.vmstat.post(mapping.host.name, "nrpages", nr)
 
@@ -125,7 +144,7 @@ def add_to_page_cache(mem: Memory, mapping: AddressSpace, indexes: Pfns, pfns: P
         mem.mod_pages(NR_SHMEM, pfns, +1)
     mem.mod_pages(NR_FILE_PAGES, pfns, +1)
     mapping.i_pages.store(indexes, pfns)
-    _mod_nrpages(mem, mapping, len(pfns))
+    mod_nrpages(mem, mapping, len(pfns))
 
 
 def add_huge_to_page_cache(mem: Memory, mapping: AddressSpace, index: int, head: int) -> None:
@@ -138,7 +157,7 @@ def add_huge_to_page_cache(mem: Memory, mapping: AddressSpace, index: int, head:
     for item in (NR_SHMEM, NR_FILE_PAGES, NR_SHMEM_THPS):
         mem.mod_page(item, head, HPAGE_PMD_NR)
     mapping.i_pages.store_order_9(index, head)
-    _mod_nrpages(mem, mapping, HPAGE_PMD_NR)
+    mod_nrpages(mem, mapping, HPAGE_PMD_NR)
 
 
 def filemap_remove_pages(
@@ -157,7 +176,7 @@ def filemap_remove_pages(
     clear_page_dirty(mem, pfns)
     mem.pages.mapping[pfns] = 0
     mapping.i_pages.store(indexes, value)
-    _mod_nrpages(mem, mapping, -len(pfns))
+    mod_nrpages(mem, mapping, -len(pfns))
     put_pages(mem, pfns)
 
 
@@ -172,7 +191,7 @@ def filemap_remove_huge(mem: Memory, mapping: AddressSpace, index: int, head: in
         mod_nr_thps(mem, mapping, -1)
     mem.pages.mapping[head] = 0
     mapping.i_pages.store_order_9(index, 0)
-    _mod_nrpages(mem, mapping, -HPAGE_PMD_NR)
+    mod_nrpages(mem, mapping, -HPAGE_PMD_NR)
     mem.pages.refcount[head] -= HPAGE_PMD_NR - 1
     put_pages(mem, np.array([head]))
 

@@ -56,6 +56,7 @@ from pykhuge.mm.vmstat import (
 __all__ = [
     "OutOfMemory",
     "alloc_page_table",
+    "clear_huge_pmd",
     "free_page_table",
     "get_huge_zero_page",
     "hugepage_vma_check",
@@ -199,7 +200,8 @@ def split_huge_pmd(mem: Memory, vma: Vma, addr: int) -> None:
     pmd = pmd_of(mem, mm, haddr)
     assert pmd is not None
     if vma.vm_file is not None:
-        _clear_file_pmd(mem, vma, haddr, pmd)
+        mem.vmstat.count(THP_SPLIT_PMD)
+        clear_huge_pmd(mem, vma, haddr, pmd)
         return
     table = pgtable_trans_huge_withdraw(mm, haddr)
     head = pte_pfn(pmd)
@@ -216,11 +218,13 @@ def split_huge_pmd(mem: Memory, vma: Vma, addr: int) -> None:
         page_remove_huge_rmap(mem, head, vma)
 
 
-def _clear_file_pmd(mem: Memory, vma: Vma, haddr: int, pmd: int) -> None:
+def clear_huge_pmd(mem: Memory, vma: Vma, haddr: int, pmd: int) -> None:
+    """Take the huge PMD `pmd` at `haddr` away, with what it counts and refers to."""
     head = pte_pfn(pmd)
-    mem.vmstat.count(THP_SPLIT_PMD)
     set_pmd(mem, vma.mm, haddr, 0)
-    if pmd & PAGE_DIRTY:
+    if head == mem.huge_zero_pfn:
+        return
+    if vma.vm_file is not None and pmd & PAGE_DIRTY:
         set_page_dirty(mem, np.array([head]))
     page_remove_huge_rmap(mem, head, vma)
     mem.mod_mm(vma.mm, mm_counter(int(mem.pages.flags[head])), -HPAGE_PMD_NR)

@@ -7,6 +7,7 @@ pages here as they are there. `ptes` below is such a row, `pte` one word as an i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ __all__ = [
     "pmd_trans_huge",
     "pte_pfn",
     "pte_pfns",
+    "run_of_none",
     "swp_offset",
     "swp_offsets",
     "swp_type",
@@ -127,6 +129,12 @@ def swp_offsets(ptes: Ptes) -> npt.NDArray[np.int64]:
 def pte_index(addr: int) -> int:
     """Which of the 512 words of its table maps `addr`."""
     return (addr >> PAGE_SHIFT) % HPAGE_PMD_NR
+
+
+def run_of_none(words: npt.NDArray[Any]) -> int:
+    """How many entries, of a page table or a page cache, are none before the first that is not."""
+    some = words != 0
+    return int(some.argmax()) if some.any() else len(words)
 
 
 def each_block(start: int, end: int) -> Iterator[tuple[int, int]]:

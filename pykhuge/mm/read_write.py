@@ -8,10 +8,16 @@ from pykhuge.hw.memory import HPAGE_PMD_NR, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.hw.poison import LINE_SHIFT
 from pykhuge.kernel.sched import Steps
 from pykhuge.mm.errors import PageLocked
-from pykhuge.mm.filemap import foresee_page_locks, wait_on_page, wait_on_page_writeback
+from pykhuge.mm.filemap import (
+    foresee_page_locks,
+    wait_on_page,
+    wait_on_page_writeback,
+    when_unlocked,
+)
 from pykhuge.mm.huge_memory import OutOfMemory, shmem_is_huge
 from pykhuge.mm.mm_types import File, Mm, ShmemInode
 from pykhuge.mm.mmzone import Memory
+from pykhuge.mm.page_table import run_of_none
 from pykhuge.mm.page_writeback import set_page_dirty
 from pykhuge.mm.regular_file import new_page, read_folio
 from pykhuge.mm.shmem import Sgp, shmem_add_pages, shmem_get_folio
@@ -81,23 +87,20 @@ def vfs_write(mem: Memory, mm: Mm, file: File, offset: int, data: bytes) -> Step
     while done < len(source):
         at = offset + done
         try:
-            pfns = _pages_to_write(mem, mm, file, at, len(source) - done)
-        except PageLocked as locked:
-            busy = locked.pfn
+            pfns = yield from when_unlocked(
+                mem, _pages_to_write, mem, mm, file, at, len(source) - done
+            )
         except (OSError, OutOfMemory):
             if done:
                 break
             raise
-        else:
-            for pfn in pfns:
-                at = offset + done
-                nr = min(PAGE_SIZE - at % PAGE_SIZE, len(source) - done)
-                mem.ram.pages[pfn, at % PAGE_SIZE : at % PAGE_SIZE + nr] = source[done : done + nr]
-                done += nr
-            set_page_dirty(mem, np.array(pfns))
-            file.inode.i_size = max(file.inode.i_size, offset + done)
-            continue
-        yield from wait_on_page(mem, busy)
+        for pfn in pfns:
+            at = offset + done
+            nr = min(PAGE_SIZE - at % PAGE_SIZE, len(source) - done)
+            mem.ram.pages[pfn, at % PAGE_SIZE : at % PAGE_SIZE + nr] = source[done : done + nr]
+            done += nr
+        set_page_dirty(mem, np.array(pfns))
+        file.inode.i_size = max(file.inode.i_size, offset + done)
     return done
 
 
@@ -115,9 +118,8 @@ def _pages_to_write(mem: Memory, mm: Mm, file: File, offset: int, length: int) -
         return [page]
     last = offset + length - 1 >> PAGE_SHIFT
     slots = inode.i_mapping.i_pages.node(index)[index % HPAGE_PMD_NR :][: last - index + 1]
-    if slots[0] == 0 and not shmem_is_huge(mem, inode, index, None):
-        holes = slots == 0
-        nr = int(holes.argmin()) if not holes.all() else len(holes)
+    nr = run_of_none(slots)
+    if nr and not shmem_is_huge(mem, inode, index, None):
         return shmem_add_pages(mem, inode, index, nr, memcg=memcg, nid=nid).tolist()  # type: ignore[no-any-return]
     page_or_none = shmem_get_folio(mem, inode, index, Sgp.SGP_WRITE, memcg=memcg, nid=nid)
     assert page_or_none is not None

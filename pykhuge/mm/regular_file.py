@@ -15,14 +15,16 @@ import weakref
 
 import numpy as np
 
-from pykhuge.hw.memory import HPAGE_PMD_NR, PAGE_SHIFT, PAGE_SIZE
+from pykhuge.hw.memory import PAGE_SHIFT, PAGE_SIZE
 from pykhuge.kernel.sched import Foresee, Preempt, Steps
 from pykhuge.mm.errors import PageLocked, os_error
 from pykhuge.mm.filemap import (
     add_to_page_cache,
+    file_page,
     foresee_page_locks,
     truncate_pages,
     wait_on_page,
+    when_unlocked,
     zero_partial_page,
 )
 from pykhuge.mm.huge_memory import OutOfMemory
@@ -191,7 +193,7 @@ def read_folio(
         if not _read_page(file.inode, index, mem.ram.pages[entry]):
             raise os_error(errno.EIO, f"page {index} of {file.inode.name} cannot be read")
         mem.pages.flags[entry] |= np.uint32(PG_uptodate)
-    return entry + index % HPAGE_PMD_NR if mapping.i_pages.order(index) else entry
+    return file_page(mem, entry, index)
 
 
 def new_page(mem: Memory, file: File, index: int, *, memcg: MemCgroup, nid: int) -> int:
@@ -274,15 +276,8 @@ def regular_truncate(mem: Memory, inode: RegularInode, size: int) -> Steps[None]
     if size < inode.i_size:
         yield from foresee_page_locks(mem, inode.i_mapping, size >> PAGE_SHIFT, 1 << 52)
     if size < inode.i_size and size % PAGE_SIZE:
-        while True:
-            try:
-                zero_partial_page(
-                    mem, inode.i_mapping, size, min(inode.i_size, (size & -PAGE_SIZE) + PAGE_SIZE)
-                )
-                break
-            except PageLocked as locked:
-                busy = locked.pfn
-            yield from wait_on_page(mem, busy)
+        stop = min(inode.i_size, (size & -PAGE_SIZE) + PAGE_SIZE)
+        yield from when_unlocked(mem, zero_partial_page, mem, inode.i_mapping, size, stop)
     shrinks = size < inode.i_size
     os.ftruncate(inode.fd, size)
     inode.i_size = size

@@ -22,10 +22,11 @@ from pykhuge.mm.filemap import (
     filemap_remove_huge,
     filemap_remove_pages,
     foresee_page_locks,
+    mod_nrpages,
     mod_swapped,
     split_huge_file_page,
     truncate_pages,
-    wait_on_page,
+    when_unlocked,
     zero_partial_page,
 )
 from pykhuge.mm.huge_memory import OutOfMemory, shmem_is_huge
@@ -150,8 +151,7 @@ def shmem_charge(mem: Memory, inode: ShmemInode, nr: int) -> bool:
     """Charge a collapse's `nr` new pages, nrpages first; all or none."""
     if not _inode_acct_block(mem, inode, nr):
         return False
-    inode.i_mapping.nrpages += nr
-    mem.vmstat.post(inode.name, "nrpages", nr)
+    mod_nrpages(mem, inode.i_mapping, nr)
     _mod_alloced(mem, inode, nr)
     return True
 
@@ -412,21 +412,21 @@ def _zero(mem: Memory, inode: ShmemInode, start: int, end: int) -> Steps[None]:
     Kernel: shmem_get_partial_folio, truncate_inode_partial_folio.
     """
     mapping, index = inode.i_mapping, start >> PAGE_SHIFT
-    while True:
-        try:
-            if is_swap_value(entry := mapping.i_pages.load(index)):
-                _swapin_folio(mem, inode, index, entry, mem.memcgs[0], 0, major=False)
-            zero_partial_page(mem, mapping, start, end)
-            break
-        except PageLocked as locked:
-            busy = locked.pfn
-        except (OSError, OutOfMemory):
-            return
-        yield from wait_on_page(mem, busy)
+    try:
+        yield from when_unlocked(mem, _zero_bytes, mem, inode, start, end)
+    except (OSError, OutOfMemory):
+        return
     if (entry := mapping.i_pages.load(index)) > 0:
         mem.pages.flags[entry] |= U_DIRTY
         if mapping.i_pages.order(index):
             split_huge_file_page(mem, mapping, entry)
+
+
+def _zero_bytes(mem: Memory, inode: ShmemInode, start: int, end: int) -> None:
+    index = start >> PAGE_SHIFT
+    if is_swap_value(entry := inode.i_mapping.i_pages.load(index)):
+        _swapin_folio(mem, inode, index, entry, mem.memcgs[0], 0, major=False)
+    zero_partial_page(mem, inode.i_mapping, start, end)
 
 
 def shmem_fallocate(
@@ -466,18 +466,18 @@ def _add_fallocated(
     """Fill the holes among pages `wanted`; `added` is told where each page, small or huge, is."""
     index = wanted.start
     while index < wanted.stop:
-        present = inode.i_mapping.i_pages.load(index)
-        try:
-            shmem_get_folio(mem, inode, index, Sgp.SGP_FALLOC, memcg=memcg, nid=nid)
-        except PageLocked as locked:
-            busy = locked.pfn
-        else:
-            if not present:
-                added.append(index)
-            huge = inode.i_mapping.i_pages.order(index)
-            index = (index | HPAGE_PMD_NR - 1) + 1 if huge else index + 1
-            continue
-        yield from wait_on_page(mem, busy)
+        yield from when_unlocked(mem, _fallocate_page, mem, inode, index, added, memcg, nid)
+        huge = inode.i_mapping.i_pages.order(index)
+        index = (index | HPAGE_PMD_NR - 1) + 1 if huge else index + 1
+
+
+def _fallocate_page(
+    mem: Memory, inode: ShmemInode, index: int, added: list[int], memcg: MemCgroup, nid: int
+) -> None:
+    present = inode.i_mapping.i_pages.load(index)
+    shmem_get_folio(mem, inode, index, Sgp.SGP_FALLOC, memcg=memcg, nid=nid)
+    if not present:
+        added.append(index)
 
 
 def _undo_fallocate(mem: Memory, inode: ShmemInode, added: list[int]) -> None:

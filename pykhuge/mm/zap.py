@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import numpy as np
 
-from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE
-from pykhuge.mm.huge_memory import free_page_table, pgtable_trans_huge_withdraw, split_huge_pmd
+from pykhuge.hw.memory import HPAGE_PMD_SIZE
+from pykhuge.mm.huge_memory import (
+    clear_huge_pmd,
+    free_page_table,
+    pgtable_trans_huge_withdraw,
+    split_huge_pmd,
+)
 from pykhuge.mm.mm_types import AddressSpace, Vma
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import PG_anon, compound_head
 from pykhuge.mm.page_table import (
-    PAGE_DIRTY,
     SWP_TYPE_SHIFT,
     U_PRESENT,
     Ptes,
     each_block,
     is_swap_ptes,
     pmd_trans_huge,
-    pte_pfn,
     pte_pfns,
     swp_offsets,
 )
-from pykhuge.mm.page_writeback import set_page_dirty
 from pykhuge.mm.rmap import (
     drop_file_ptes,
     leave_markers,
-    mm_counter,
-    page_remove_huge_rmap,
     page_remove_rmap,
     pmd_of,
     ptes_of,
-    set_pmd,
 )
 from pykhuge.mm.swap import lru_add_drain, put_pages
 from pykhuge.mm.swap_state import free_swap_cache, swap_free
@@ -73,16 +72,9 @@ def zap_page_range(
 
 
 def _zap_huge_pmd(mem: Memory, vma: Vma, addr: int, pmd: int) -> None:
-    set_pmd(mem, vma.mm, addr, 0)
-    head = pte_pfn(pmd)
     if vma.vm_file is None:
         free_page_table(mem, vma.mm, pgtable_trans_huge_withdraw(vma.mm, addr))
-    elif pmd & PAGE_DIRTY:
-        set_page_dirty(mem, np.array([head]))
-    if head != mem.huge_zero_pfn:
-        page_remove_huge_rmap(mem, head, vma)
-        mem.mod_mm(vma.mm, mm_counter(int(mem.pages.flags[head])), -HPAGE_PMD_NR)
-        put_pages(mem, np.array([head]))
+    clear_huge_pmd(mem, vma, addr, pmd)
 
 
 def _zap_ptes(mem: Memory, vma: Vma, ptes: Ptes, even_cows: bool, drop_markers: bool) -> None:
