@@ -37,7 +37,7 @@ def test_there_are_as_many_combinations_as_in_the_kernel() -> None:
         "madvise_collapse_existing_thps[madvise-tmpfs]",
         "madvise_retracted_page_tables[madvise-tmpfs]",
     ]
-    by_memory = {memory: 0 for memory in ("anon", "file", "shmem")}
+    by_memory = dict.fromkeys(("anon", "file", "shmem"), 0)
     for each in in_contexts:
         if each.memory in by_memory:
             by_memory[each.memory] += 1
