@@ -7,7 +7,7 @@ from pykhuge import Advice, Machine, WouldBlock
 
 HPAGE_PMD_SIZE = 2 << 20
 
-machine = Machine("64M")
+machine = Machine("1G")
 task = machine.process("app")
 addr = task.mmap(HPAGE_PMD_SIZE)
 task.write(addr, b"x" * HPAGE_PMD_SIZE)

@@ -16,7 +16,7 @@ HPAGE_PMD_SIZE = 2 << 20
 
 def text_of(path: Path) -> tuple[Machine, Process, File, int]:
     """A program's text, all of it read in through its mapping; last of all where it is mapped."""
-    machine = Machine("64M")
+    machine = Machine("1G")
     machine.thp.enabled = "always"
     app = machine.process("app")
     file = app.open(str(path))

@@ -1,6 +1,6 @@
-"""Builds the extension ``pykhuge._copy``: csrc/ behind the declarations of csrc/pykhuge.h.
+"""Builds the extension ``pykhuge._copy``: csrc/ behind the declarations of its two headers.
 
-Run by setup.py only. The declarations are the header's own, between its two marks, so that what
+Run by setup.py only. The declarations are the headers' own, between their two marks, so that what
 Python calls and what C defines cannot differ.
 
 Free threading: cffi declares every module it generates ``Py_MOD_GIL_NOT_USED`` (from 2.0 on), so
@@ -17,16 +17,18 @@ SOURCES = [
     "csrc/copy_page.c",
     "csrc/highpage_module.c",
     "csrc/machine_check.c",
+    "csrc/scan_ptes.c",
 ]
-HEADERS = ["csrc/pykhuge.h", "csrc/copy_page.h", "csrc/machine_check.h"]
+DECLARED = ["csrc/pykhuge.h", "csrc/scan_ptes.h"]
+HEADERS = [*DECLARED, "csrc/copy_page.h", "csrc/machine_check.h"]
 
 
 def declarations(header: str) -> str:
-    """The part of the header that cffi is to read."""
-    _, _, after = header.partition("/* cdef: begin */")
+    """The part of a header that cffi is to read."""
+    _, _, after = Path(header).read_text().partition("/* cdef: begin */")
     inside, mark, _ = after.partition("/* cdef: end */")
     if not mark:
-        raise ValueError("csrc/pykhuge.h has no cdef marks")
+        raise ValueError(f"{header} has no cdef marks")
     return inside
 
 
@@ -36,10 +38,11 @@ limited_api = (
 )
 
 ffibuilder = FFI()
-ffibuilder.cdef(declarations(Path("csrc/pykhuge.h").read_text()))
+for header in DECLARED:
+    ffibuilder.cdef(declarations(header))
 ffibuilder.set_source(
     "pykhuge._copy",
-    '#include "pykhuge.h"',
+    '#include "pykhuge.h"\n#include "scan_ptes.h"',
     sources=SOURCES,
     depends=HEADERS,
     include_dirs=["csrc"],

@@ -133,6 +133,62 @@ def copy_frames(to: int, base: int, frames: int, nr: int) -> None:
     )
 
 
+class PteScanner:
+    """``pykhuge_scan_ptes`` for one machine, whose arrays must outlive it."""
+
+    def __init__(
+        self,
+        *,
+        tables: int,
+        flags: int,
+        refcount: int,
+        mapcount: int,
+        entire_mapcount: int,
+        zero_pfn: int,
+        node_ends: list[int],
+        distances: list[list[int]],
+    ) -> None:
+        """The first five are addresses; ``distances`` has a row for each node."""
+        self._node_ends = ffi.new("int64_t[]", node_ends)
+        self._distances = ffi.new("int32_t[]", [far for row in distances for far in row])
+        self._pages = ffi.new("struct pykhuge_pages *")
+        self._pages.tables = ffi.cast("uint64_t(*)[512]", tables)
+        self._pages.flags = ffi.cast("uint32_t *", flags)
+        self._pages.refcount = ffi.cast("int32_t *", refcount)
+        self._pages.mapcount = ffi.cast("int32_t *", mapcount)
+        self._pages.entire_mapcount = ffi.cast("int32_t *", entire_mapcount)
+        self._pages.zero_pfn = zero_pfn
+        self._pages.node_ends = self._node_ends
+        self._pages.distances = self._distances
+        self._pages.nr_nodes = len(node_ends)
+        self._limits = ffi.new("struct pykhuge_scan_limits *")
+        self._scanned = ffi.new("struct pykhuge_scanned *")
+        #: int32 by node, of the last scan: pages that were counted
+        self.node_load = ffi.new("int32_t[]", len(node_ends))
+
+    def scan(
+        self,
+        table: int,
+        *,
+        none: int,
+        swap: int,
+        shared: int,
+        daemon: bool,
+        notified: bool,
+        reclaim_distance: int,
+    ) -> Any:
+        """One table; the limits are ``struct pykhuge_scan_limits``. Returns its ``scanned``.
+
+        What is returned is overwritten by the next scan.
+        """
+        limits = self._limits
+        limits.none, limits.swap, limits.shared = none, swap, shared
+        limits.daemon, limits.notified = daemon, notified
+        limits.reclaim_distance = reclaim_distance
+        lib.pykhuge_scan_ptes(self._pages, table, limits, self.node_load, self._scanned)
+        return self._scanned
+
+
 def baseline_memcpy_frames(to: int, base: int, frames: int, nr: int) -> None:
     """A C loop of libc's memcpy over the same frames, to measure against."""
     lib.pykhuge_baseline_memcpy_frames(

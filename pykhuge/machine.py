@@ -9,9 +9,11 @@ from typing import Any
 
 from pykhuge import audit
 from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
+from pykhuge.kernel.clock import Clock
 from pykhuge.kernel.sched import Steps, Task, steps
 from pykhuge.kernel.trace import Trace
 from pykhuge.khugepaged.control import CollapseControl, KhugepagedSettings
+from pykhuge.khugepaged.daemon import Khugepaged
 from pykhuge.khugepaged.scan import khugepaged_scan_block
 from pykhuge.khugepaged.scan_result import ScanResult
 from pykhuge.mm.errors import check_int
@@ -23,9 +25,12 @@ from pykhuge.mm.swap import lru_add_drain_all
 from pykhuge.mm.vmstat import Ledger
 from pykhuge.process import Process
 from pykhuge.procfs import vmstat
+from pykhuge.sysfs import Sysfs
 
 __all__ = ["Machine", "parse_size"]
 
+# Below this a machine boots with all huge pages off (hugepage_init).
+SMALL_MACHINE = 512 << 20
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -43,7 +48,8 @@ class Machine:
     """A host with memory, a kernel and khugepaged; processes are made with `process`.
 
     Args:
-        memory: of all nodes together, a multiple of 2 MiB for each node.
+        memory: of all nodes together, a multiple of 2 MiB for each node. One of less than
+            512 MiB boots with `thp.enabled` never, as with Linux; set it to have huge pages.
         nodes: NUMA nodes, of one size; or the size of each.
         distances: node_distance() as a square matrix; 10 and 20 if not given.
         device_memory: ZONE_DEVICE memory beside it, for `Process` pages that are not normal.
@@ -87,8 +93,23 @@ class Machine:
         )
         if commit_limit is not None:
             self.mem.commit_limit = parse_size("commit_limit", commit_limit) >> PAGE_SHIFT
-        self.khugepaged_settings = KhugepagedSettings()
-        self.task: Task[Any] = Task(self.mem.sched, "khugepaged", self.mem.next_pid())
+        small = self.mem.nr_pages < SMALL_MACHINE >> PAGE_SHIFT
+        if small:
+            self.mem.thp.enabled = self.mem.thp.defrag = "never"
+            self.mem.thp.use_zero_page = False
+        self.khugepaged_settings = KhugepagedSettings(defrag=int(not small))
+        self.khugepaged = Khugepaged(self.mem, self.khugepaged_settings)
+        self.sysfs = Sysfs(self.mem.thp, self.khugepaged_settings)
+
+    @property
+    def task(self) -> Task[Any]:
+        """The daemon's, in whose name the machine's own calls run."""
+        return self.khugepaged.task
+
+    @property
+    def clock(self) -> Clock:
+        """Virtual time since boot."""
+        return self.mem.clock
 
     @property
     def thp(self) -> ThpSettings:

@@ -44,6 +44,7 @@ from pykhuge.mm.mm import (
     mlock_vma_range,
     vmas_in,
 )
+from pykhuge.mm.mm_slot import khugepaged_enter_vma
 from pykhuge.mm.mm_types import (
     VM_DONTCOPY,
     VM_EXEC,
@@ -408,6 +409,10 @@ class Process(UserAccess, FileCalls):
         files = [vma for vma in vmas_in(self.mm, start, end) if vma.vm_file is not None]
         if advice is Advice.MADV_WIPEONFORK and files:
             raise os_error(errno.EINVAL, f"MADV_WIPEONFORK of a file at {files[0]}")
+        if advice is Advice.MADV_HUGEPAGE:
+            for vma in vmas_in(self.mm, start, end):
+                # As a whole, before it is cut to the range.
+                khugepaged_enter_vma(self.mem, vma, vma.vm_flags & ~cleared | bits)
         change_flags(self.mem, self.mm, start, end, lambda vma: vma.vm_flags & ~cleared | bits)
         check_mapped(self.mm, start, end)
 

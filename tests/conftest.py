@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from collapse_kit import MakeMachine, advised
+from collapse_kit import MakeMachine, advised, small_machine
 
 from pykhuge import Machine, Process
 
@@ -14,7 +14,7 @@ def make_machine() -> Iterator[MakeMachine]:
     made: list[Machine] = []
 
     def make(memory: str = "64M", **options: object) -> Machine:
-        machine = Machine(memory, **options)  # type: ignore[arg-type]
+        machine = small_machine(memory, **options)
         made.append(machine)
         return machine
 

@@ -196,8 +196,21 @@ def shmem_block(
         add_mapper(block, pages)
     machine.lru_add_drain_all()
     block.shmem.i_sb.huge = machine.thp.shmem_enabled = "advise"
+    for mapping in block.maps:
+        register(mapping)
     machine.trace.clear()
     return block
+
+
+def register(mapping: Mapping) -> None:
+    """Let the daemon know of the process, as MADV_HUGEPAGE does once shmem may be huge."""
+    mapping.process.madvise(mapping.addr, PAGE, Advice.MADV_HUGEPAGE)
+
+
+def pte_mapped_thp(process: Process) -> list[int]:
+    """The blocks that the daemon will look at when it visits the process next."""
+    slot = process.mm.mm_slot
+    return [] if slot is None else list(slot.pte_mapped_thp)
 
 
 def shared_anonymous_block(

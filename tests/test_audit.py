@@ -19,6 +19,7 @@ from collapse_kit import (
     paused,
     pfn_of,
     ptes_of,
+    small_machine,
 )
 
 from pykhuge import (
@@ -65,7 +66,7 @@ class Scene(NamedTuple):
 
 @pytest.fixture
 def scene() -> Scene:
-    machine = Machine("64M", swap="4M", cpus=2)
+    machine = small_machine("64M", swap="4M", cpus=2)
     process = machine.process("app", memcg=machine.memcg("32M"))
     block, huge = advised(process), advised(process)
     fill(process, block, [100, 101])
@@ -411,7 +412,7 @@ class FileScene(NamedTuple):
 
 @pytest.fixture
 def files(tmp_path: Path) -> FileScene:
-    machine = Machine("64M", swap="4M", cpus=2)
+    machine = small_machine("64M", swap="4M", cpus=2)
     process = machine.process("app", memcg=machine.memcg("32M"))
     mount = machine.tmpfs("8M")
     shmem = process.open("file", os.O_RDWR | os.O_CREAT, tmpfs=mount)
@@ -710,7 +711,7 @@ def test_counter_off_by_one_is_the_only_finding_among_files(files: FileScene, it
 @pytest.mark.parametrize("name", ["nr_file_pages", "nr_shmem"])
 def test_counters_that_drift_between_nodes_are_held_against_their_sum(name: str) -> None:
     """A collapse may leave them on the wrong node, as in the kernel; none is lost by that."""
-    machine = Machine("64M", nodes=2)
+    machine = small_machine("64M", nodes=2)
     process = machine.process("app")
     file = process.memfd_create("f")
     process.pwrite(file, 0, block_bytes(0, 8))
@@ -727,7 +728,7 @@ def test_counters_that_drift_between_nodes_are_held_against_their_sum(name: str)
 
 def test_collapse_of_pages_from_two_nodes_passes_the_audit(tmp_path: Path) -> None:
     """Of shmem with holes and of a disk file, collapsed, read, and truncated away."""
-    machine = Machine("64M", nodes=2)
+    machine = small_machine("64M", nodes=2)
     process = machine.process("app")
     path = tmp_path / "program"
     path.write_bytes(block_bytes())

@@ -37,7 +37,7 @@ __all__ = ["WINDOW", "Experiment", "FileBecameShorter"]
 
 WINDOW = 4 * HPAGE_PMD_SIZE
 LINE_SIZE = 1 << LINE_SHIFT
-SMALLEST_MACHINE = 64 << 20
+SMALLEST_MACHINE = 1 << 30
 
 Counters = dict[str, int]
 

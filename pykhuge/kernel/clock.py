@@ -19,6 +19,10 @@ class Clock:
         self.now_ns += NSEC_PER_USEC
         return now
 
+    def advance_to(self, now_ns: int) -> None:
+        """Let time pass until `now_ns`; a time that has passed changes nothing."""
+        self.now_ns = max(self.now_ns, now_ns)
+
     def sleep(self, nsec: int) -> None:
         """Let `nsec` nanoseconds pass.
 

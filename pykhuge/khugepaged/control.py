@@ -1,31 +1,65 @@
-"""CollapseControl, and the limits of /sys/kernel/mm/transparent_hugepage/khugepaged."""
+"""CollapseControl, and the knobs of /sys/kernel/mm/transparent_hugepage/khugepaged."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pykhuge.hw.memory import HPAGE_PMD_NR
 
-__all__ = ["CollapseControl", "KhugepagedSettings"]
+__all__ = ["KNOBS", "CollapseControl", "KhugepagedSettings"]
+
+UINT_MAX = (1 << 32) - 1
+# The least and the most that each knob takes.
+KNOBS = {
+    "defrag": (0, 1),
+    "max_ptes_none": (0, HPAGE_PMD_NR - 1),
+    "max_ptes_swap": (0, HPAGE_PMD_NR - 1),
+    "max_ptes_shared": (0, HPAGE_PMD_NR - 1),
+    "pages_to_scan": (1, UINT_MAX),
+    "scan_sleep_millisecs": (0, UINT_MAX),
+    "alloc_sleep_millisecs": (0, UINT_MAX),
+}
 
 
 @dataclass
 class KhugepagedSettings:
-    """max_ptes_none, _swap, _shared: the daemon's limits, inclusive, 0..511 each."""
+    """The daemon's knobs, and what it has done.
 
+    defrag: 1 lets it reclaim and compact for a huge page.
+    max_ptes_none, _swap, _shared: its limits, inclusive, 0..511 each.
+    pages_to_scan: pages of one scan. scan_sleep_millisecs: how long it sleeps after one,
+    alloc_sleep_millisecs: within one, when there was no huge page to be had.
+    pages_collapsed: huge pages made. full_scans: times it went round the list. Both are u32.
+    """
+
+    # Called after one of the two sleeps was written, which ends the sleep that goes on.
+    sleep_written: Callable[[], None] = field(default_factory=lambda: lambda: None, repr=False)
+    defrag: int = 1
     max_ptes_none: int = HPAGE_PMD_NR - 1
     max_ptes_swap: int = HPAGE_PMD_NR // 8
     max_ptes_shared: int = HPAGE_PMD_NR // 2
+    pages_to_scan: int = 8 * HPAGE_PMD_NR
+    scan_sleep_millisecs: int = 10_000
+    alloc_sleep_millisecs: int = 60_000
     pages_collapsed: int = 0
+    full_scans: int = 0
 
-    def __setattr__(self, name: str, value: int) -> None:
-        if name.startswith("max_ptes_") and not 0 <= value < HPAGE_PMD_NR:
-            raise ValueError(f"{name}={value}: allowed 0..{HPAGE_PMD_NR - 1}")
+    def __setattr__(self, name: str, value: object) -> None:
         if name not in KhugepagedSettings.__dataclass_fields__:
-            raise AttributeError(
-                f"{name}: allowed {', '.join(KhugepagedSettings.__dataclass_fields__)}"
-            )
+            allowed = [each for each in KhugepagedSettings.__dataclass_fields__ if each in KNOBS]
+            raise AttributeError(f"{name}: allowed {', '.join(allowed)}")
+        if name in KNOBS:
+            low, high = KNOBS[name]
+            if not isinstance(value, int) or not low <= value <= high:
+                raise ValueError(f"{name}={value!r}: allowed {low}..{high}")
         object.__setattr__(self, name, value)
+        if name.endswith("_sleep_millisecs"):
+            self.sleep_written()
+
+    def count(self, name: str) -> None:
+        """One more in `pages_collapsed` or `full_scans`, an unsigned int of 32 bits."""
+        setattr(self, name, (getattr(self, name) + 1) & UINT_MAX)
 
 
 @dataclass

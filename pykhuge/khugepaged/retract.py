@@ -21,6 +21,7 @@ from pykhuge.mm.file_fault import do_set_pmd
 from pykhuge.mm.filemap import find_page, when_unlocked
 from pykhuge.mm.gup import LockedPage
 from pykhuge.mm.huge_memory import free_page_table, hugepage_vma_check
+from pykhuge.mm.mm_slot import khugepaged_add_pte_mapped_thp
 from pykhuge.mm.mm_types import VM_UFFD_WP, AddressSpace, Mm, Vma
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import PG_head
@@ -29,12 +30,9 @@ from pykhuge.mm.rmap import drop_file_ptes, set_pmd
 
 __all__ = [
     "collapse_pte_mapped_thp",
-    "khugepaged_add_pte_mapped_thp",
     "khugepaged_collapse_pte_mapped_thps",
     "retract_page_tables",
 ]
-
-MAX_PTE_MAPPED_THP = 8
 
 
 def retract_page_tables(
@@ -122,24 +120,16 @@ def _set_huge_pmd(mem: Memory, vma: Vma, addr: int, hpage: int) -> ScanResult:
     return ScanResult.SCAN_SUCCEED
 
 
-def khugepaged_add_pte_mapped_thp(mm: Mm, addr: int) -> bool:
-    """Note the block for the daemon's next visit to the mm; False if there are 8 already."""
-    if len(mm.pte_mapped_thp) >= MAX_PTE_MAPPED_THP:
-        return False
-    mm.pte_mapped_thp.append(addr)
-    return True
-
-
 def khugepaged_collapse_pte_mapped_thps(mem: Memory, mm: Mm) -> Steps[None]:
     """The daemon looks at the blocks noted, if nobody holds mmap_lock, and forgets them."""
-    task = mem.sched.current
-    if not mm.pte_mapped_thp or not mm.mmap_lock.trylock(task, WRITE):
+    task, slot = mem.sched.current, mm.mm_slot
+    if slot is None or not slot.pte_mapped_thp or not mm.mmap_lock.trylock(task, WRITE):
         return
     try:
         if mm.mm_users:
-            for addr in mm.pte_mapped_thp:
+            for addr in slot.pte_mapped_thp:
                 yield from collapse_pte_mapped_thp(mem, mm, addr, install_pmd=False)
-        mm.pte_mapped_thp.clear()
+        slot.pte_mapped_thp.clear()
     except GeneratorExit:
         mm.mmap_lock.unlock(task)
         raise

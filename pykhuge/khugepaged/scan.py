@@ -13,26 +13,20 @@ from pykhuge.kernel.sched import Acquire, Preempt, Release, Steps
 from pykhuge.khugepaged.anon import collapse_huge_page
 from pykhuge.khugepaged.control import CollapseControl
 from pykhuge.khugepaged.file import collapse_file
-from pykhuge.khugepaged.ptes import BlockOfPtes, Bools, FirstFailure
+from pykhuge.khugepaged.ptes import FirstFailure
 from pykhuge.khugepaged.retract import (
-    khugepaged_add_pte_mapped_thp,
     khugepaged_collapse_pte_mapped_thps,
 )
 from pykhuge.khugepaged.revalidate import find_pmd_or_thp_or_none, hugepage_vma_revalidate
 from pykhuge.khugepaged.scan_result import ScanResult
 from pykhuge.khugepaged.trace_events import mm_khugepaged_scan_file, mm_khugepaged_scan_pmd
 from pykhuge.mm.file_table import hold_file, release_file
+from pykhuge.mm.mm_slot import khugepaged_add_pte_mapped_thp
 from pykhuge.mm.mm_types import File, Mm, Vma
 from pykhuge.mm.mmzone import NODE_RECLAIM_DISTANCE, Memory
 from pykhuge.mm.page import Pfns, PG_anon, PG_head, PG_locked, PG_lru, PG_private
 from pykhuge.mm.page_table import (
-    PAGE_SWP_UFFD_WP,
-    PTE_MARKER_UFFD_WP,
-    SWP_PTE_MARKER,
-    SWP_TYPE_SHIFT,
-    Ptes,
     pte_pfn,
-    swp_offsets,
 )
 from pykhuge.mm.swap import lru_add_drain_all
 from pykhuge.mm.vmstat import (
@@ -41,7 +35,7 @@ from pykhuge.mm.vmstat import (
     THP_SCAN_EXCEED_SWAP_PTE,
 )
 
-__all__ = ["hpage_collapse_scan", "khugepaged_scan_block"]
+__all__ = ["hpage_collapse_scan", "khugepaged_scan_block", "khugepaged_scan_vma_block"]
 
 U_LRU = np.uint32(PG_lru)
 U_LOCKED = np.uint32(PG_locked)
@@ -79,17 +73,26 @@ def khugepaged_scan_block(mem: Memory, mm: Mm, addr: int, cc: CollapseControl) -
         yield Release(mm.mmap_lock)
         return result
     assert vma is not None
-    result, mmap_locked = yield from hpage_collapse_scan(mem, vma, addr, cc)
+    result, mmap_locked = yield from khugepaged_scan_vma_block(mem, vma, addr, cc)
     if mmap_locked:
         yield Release(mm.mmap_lock)
+    return result
+
+
+def khugepaged_scan_vma_block(
+    mem: Memory, vma: Vma, addr: int, cc: CollapseControl
+) -> Steps[tuple[ScanResult, bool]]:
+    """`hpage_collapse_scan`, and what the daemon makes of its result: `pages_collapsed`."""
+    mm = vma.mm
+    result, mmap_locked = yield from hpage_collapse_scan(mem, vma, addr, cc)
     collapsed = result is ScanResult.SCAN_SUCCEED
     if result is ScanResult.SCAN_PTE_MAPPED_HUGEPAGE and cc.is_khugepaged:
         pmd_state, _ = find_pmd_or_thp_or_none(mem, mm, addr)
         table = pmd_state is ScanResult.SCAN_SUCCEED
         collapsed = table and khugepaged_add_pte_mapped_thp(mm, addr)
     if collapsed and cc.is_khugepaged:
-        cc.settings.pages_collapsed = (cc.settings.pages_collapsed + 1) % (1 << 32)
-    return result
+        cc.settings.count("pages_collapsed")
+    return result, mmap_locked
 
 
 def hpage_collapse_scan(
@@ -129,7 +132,7 @@ def hpage_collapse_scan_pmd(
     mmap_locked = True
     if result is ScanResult.SCAN_SUCCEED:
         with mm.page_table_lock:
-            scanned = _scan_ptes(mem, mem.ram.words[pte_pfn(pmd)], vma, addr, cc)
+            scanned = _scan_ptes(mem, pte_pfn(pmd), vma, addr, cc)
         result = scanned.result
         if result is ScanResult.SCAN_SUCCEED:
             mmap_locked = False
@@ -150,79 +153,35 @@ def hpage_collapse_scan_pmd(
     return result, mmap_locked
 
 
-def _scan_ptes(mem: Memory, table: Ptes, vma: Vma, addr: int, cc: CollapseControl) -> Scanned:
-    """The loop over the 512 entries, with the decision behind it. Changes: cc.node_load, events."""
-    block = BlockOfPtes(mem, table)
-    failure = _first_failure(mem, block, table, vma, cc)
-    stop, result = failure.place, failure.result
-    if result in _EXCEEDED:
-        mem.vmstat.count(_EXCEEDED[result])
-    nr = block.before(stop)
-    # The writable bit is noted before the page is looked at, "referenced" after all tests.
-    at_stop = stop < HPAGE_PMD_NR and nr < len(block.mapped) and int(block.mapped[nr]) == stop
-    writable = block.writable(nr + (at_stop and result is not ScanResult.SCAN_PTE_UFFD_WP))
+def _scan_ptes(mem: Memory, table: int, vma: Vma, addr: int, cc: CollapseControl) -> Scanned:
+    """The loop over the 512 entries, with the decision behind it (csrc/scan_ptes.c).
+
+    table: its frame. Changes: cc.node_load, events.
+    """
     # The notifiers are asked about the block's first address for every entry; isolation asks right.
     notified = any(notifier.test_young(addr) for notifier in vma.mm.mmu_notifiers)
-    referenced = block.referenced(nr, cc, notified)
-    unmapped = int(np.count_nonzero(block.non_present <= stop))
-    if result is ScanResult.SCAN_SUCCEED:
-        lacking = referenced == 0 or (unmapped > 0 and referenced < HPAGE_PMD_NR // 2)
-        if not writable:
-            result = ScanResult.SCAN_PAGE_RO
-        elif cc.is_khugepaged and lacking:
-            result = ScanResult.SCAN_LACK_REFERENCED_PAGE
-    page = block.last_page(failure)
-    return Scanned(result, page, writable, referenced, block.nr_none_or_zero(stop), unmapped)
-
-
-def _first_failure(
-    mem: Memory, block: BlockOfPtes, table: Ptes, vma: Vma, cc: CollapseControl
-) -> FirstFailure:
-    """The chain of tests of the scanning loop, in its order."""
-    failure = FirstFailure()
-    if len(block.mapped) < HPAGE_PMD_NR:
-        failure.beyond(
-            block.non_present, cc.limit("max_ptes_swap"), ScanResult.SCAN_EXCEED_SWAP_PTE
-        )
-        if len(block.non_present):
-            uffd_wp = _swp_uffd_wp_any(table[block.non_present])
-            failure.where(block.non_present, uffd_wp, ScanResult.SCAN_PTE_UFFD_WP)
-        none_limit = 0 if vma.userfaultfd_armed() else cc.limit("max_ptes_none")
-        failure.beyond(block.none_or_zero, none_limit, ScanResult.SCAN_EXCEED_NONE_PTE)
-    block.fails_uffd_wp(failure)
-    block.fails_normal_page(failure)
-    block.fails_shared(failure, cc)
-    _scan_nodes(mem, block, failure, cc)
-    if not block.all_flags & PG_lru:
-        failure.where(block.mapped, block.flags & U_LRU == 0, ScanResult.SCAN_PAGE_LRU)
-    if block.any_flag & PG_locked:
-        failure.where(block.mapped, block.flags & U_LOCKED != 0, ScanResult.SCAN_PAGE_LOCK)
-    if not block.all_flags & PG_anon:
-        failure.where(block.mapped, block.flags & U_ANON == 0, ScanResult.SCAN_PAGE_ANON)
-    block.fails_refcount(mem, failure, slice(None))
-    return failure
-
-
-def _swp_uffd_wp_any(swapped: Ptes) -> Bools:
-    """pte_swp_uffd_wp_any(): a swap entry with the bit, or a marker that stands for it."""
-    marker = swapped >> np.uint64(SWP_TYPE_SHIFT) == SWP_PTE_MARKER
-    marked = marker & (swp_offsets(swapped) & PTE_MARKER_UFFD_WP != 0)
-    uffd_wp: Bools = (swapped & np.uint64(PAGE_SWP_UFFD_WP) != 0) | marked
-    return uffd_wp
-
-
-def _scan_nodes(
-    mem: Memory, block: BlockOfPtes, failure: FirstFailure, cc: CollapseControl
-) -> None:
-    """Count the pages of each node up to the failure, and refuse a block spread too far."""
-    if len(mem.nodes) == 1:
-        cc.node_load = {0: len(block.mapped)}
-        return
-    nids = mem.nids_of(block.heads)
-    abort = _scan_abort(mem, nids)
-    if abort < len(nids):
-        failure.at(int(block.mapped[abort]), ScanResult.SCAN_SCAN_ABORT)
-    _load_nodes(nids[: block.before(failure.place)], cc)
+    scanned = mem.pte_scanner.scan(
+        table,
+        none=0 if vma.userfaultfd_armed() else cc.limit("max_ptes_none"),
+        swap=cc.limit("max_ptes_swap"),
+        shared=cc.limit("max_ptes_shared"),
+        daemon=cc.is_khugepaged,
+        notified=notified,
+        reclaim_distance=NODE_RECLAIM_DISTANCE if mem.node_reclaim_mode else -1,
+    )
+    load = enumerate(mem.pte_scanner.node_load)
+    cc.node_load = {nid: nr for nid, nr in load if nr}
+    result = ScanResult(scanned.result)
+    if result in _EXCEEDED:
+        mem.vmstat.count(_EXCEEDED[result])
+    return Scanned(
+        result,
+        scanned.page,
+        bool(scanned.writable),
+        scanned.referenced,
+        scanned.none_or_zero,
+        scanned.unmapped,
+    )
 
 
 def _load_nodes(nids: npt.NDArray[np.int64], cc: CollapseControl) -> None:

@@ -34,6 +34,7 @@ from pykhuge.mm.huge_memory import (
     split_huge_pmd,
     transhuge_vma_suitable,
 )
+from pykhuge.mm.mm_slot import khugepaged_enter_vma
 from pykhuge.mm.mm_types import (
     VM_EXEC,
     VM_LOCKED,
@@ -262,6 +263,7 @@ def _do_huge_pmd_anonymous_page(mem: Memory, vma: Vma, addr: int, write: bool) -
     if not hugepage_vma_check(mem, vma, in_pf=True) or not transhuge_vma_suitable(vma, addr):
         return False
     anon_vma_prepare(mem, vma)
+    khugepaged_enter_vma(mem, vma)
     if vma.vm_flags & VM_UFFD_MISSING:
         raise UserFault(addr, "missing")
     head = (

@@ -15,6 +15,7 @@ from pykhuge.mm.huge_memory import (
     split_huge_pmd,
 )
 from pykhuge.mm.mm import insert_vma
+from pykhuge.mm.mm_slot import khugepaged_fork
 from pykhuge.mm.mm_types import (
     MMF_DISABLE_THP,
     MMF_HAS_PINNED,
@@ -77,6 +78,7 @@ def dup_mmap(mem: Memory, mm: Mm, child: Mm) -> Steps[None]:
     try:
         child.flags = mm.flags & MMF_DISABLE_THP
         child.mmap_base = mm.mmap_base
+        khugepaged_fork(mem, mm, child)
         for vma in list(mm.vmas):
             if not vma.vm_flags & VM_DONTCOPY:
                 _dup_vma(mem, vma, child)

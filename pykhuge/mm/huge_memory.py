@@ -59,6 +59,7 @@ __all__ = [
     "clear_huge_pmd",
     "free_page_table",
     "get_huge_zero_page",
+    "hugepage_flags_enabled",
     "hugepage_vma_check",
     "pgtable_trans_huge_deposit",
     "pgtable_trans_huge_withdraw",
@@ -85,43 +86,58 @@ def transhuge_vma_suitable(vma: Vma, addr: int) -> bool:
 
 
 def hugepage_vma_check(
-    mem: Memory, vma: Vma, *, in_pf: bool = False, enforce_sysfs: bool = True
+    mem: Memory,
+    vma: Vma,
+    vm_flags: int | None = None,
+    *,
+    in_pf: bool = False,
+    enforce_sysfs: bool = True,
 ) -> bool:
     """Whether `vma` may hold huge pages at all.
 
     Args:
+        vm_flags: those it is about to get; its own if not given.
         in_pf: asked by a page fault, which looks at its own block and needs no anon_vma yet.
         enforce_sysfs: heed `enabled`; MADV_COLLAPSE does not.
     Kernel: hugepage_vma_check (mm/huge_memory.c).
     """
-    if vma.vm_flags & VM_NOHUGEPAGE or vma.mm.flags & MMF_DISABLE_THP:
+    flags = vma.vm_flags if vm_flags is None else vm_flags
+    if flags & VM_NOHUGEPAGE or vma.mm.flags & MMF_DISABLE_THP:
         return False
-    if vma.vm_flags & (VM_SPECIAL | VM_HUGETLB):
+    if flags & (VM_SPECIAL | VM_HUGETLB):
         return False
     if not in_pf and not transhuge_vma_suitable(vma, vma.vm_end - HPAGE_PMD_SIZE):
         return False
     inode = vma.vm_file.inode if vma.vm_file is not None else None
     if isinstance(inode, ShmemInode) and not in_pf:
-        return shmem_is_huge(mem, inode, vma.vm_pgoff, vma, force=not enforce_sysfs)
-    if enforce_sysfs and not _enabled_for(mem, vma):
+        return shmem_is_huge(mem, inode, vma.vm_pgoff, vma, flags, force=not enforce_sysfs)
+    if enforce_sysfs and not _enabled_for(mem, flags):
         return False
     if inode is not None:
-        return not in_pf and bool(vma.vm_flags & VM_EXEC) and inode.i_writecount <= 0
+        return not in_pf and bool(flags & VM_EXEC) and inode.i_writecount <= 0
     return in_pf or vma.anon_vma is not None
 
 
 def shmem_is_huge(
-    mem: Memory, inode: ShmemInode, index: int, vma: Vma | None, *, force: bool = False
+    mem: Memory,
+    inode: ShmemInode,
+    index: int,
+    vma: Vma | None,
+    vm_flags: int | None = None,
+    *,
+    force: bool = False,
 ) -> bool:
     """Whether page `index` of a shmem file may be part of a huge page, by `shmem_enabled`.
 
     Args:
         vma: by way of which it is asked for; None for a system call on the file.
+        vm_flags: those `vma` is about to get; its own if not given.
         force: asked by MADV_COLLAPSE.
     """
     if mem.thp.shmem_enabled == "deny":
         return False
-    if vma is not None and (vma.vm_flags & VM_NOHUGEPAGE or vma.mm.flags & MMF_DISABLE_THP):
+    flags = vm_flags if vm_flags is not None else vma.vm_flags if vma is not None else 0
+    if vma is not None and (flags & VM_NOHUGEPAGE or vma.mm.flags & MMF_DISABLE_THP):
         return False
     if force or mem.thp.shmem_enabled == "force":
         return True
@@ -133,13 +149,18 @@ def shmem_is_huge(
         if -(-inode.i_size // PAGE_SIZE) >= end:
             return True
     if policy in ("within_size", "advise"):
-        return vma is not None and bool(vma.vm_flags & VM_HUGEPAGE)
+        return bool(flags & VM_HUGEPAGE)
     return False
 
 
-def _enabled_for(mem: Memory, vma: Vma) -> bool:
+def hugepage_flags_enabled(mem: Memory) -> bool:
+    """Whether `enabled` lets anybody have huge pages, and so the daemon run."""
+    return mem.thp.enabled != "never"
+
+
+def _enabled_for(mem: Memory, vm_flags: int) -> bool:
     if mem.thp.enabled == "madvise":
-        return bool(vma.vm_flags & VM_HUGEPAGE)
+        return bool(vm_flags & VM_HUGEPAGE)
     return mem.thp.enabled == "always"
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.kernel.locking import WRITE
-from pykhuge.kernel.sched import Acquire, Release, Steps
+from pykhuge.kernel.sched import Acquire, Foresee, Release, Steps
 from pykhuge.mm.errors import check_int, os_error
 from pykhuge.mm.file_table import (
     foresee_evictions,
@@ -26,6 +26,7 @@ from pykhuge.mm.huge_memory import (
     free_page_table,
     split_huge_pmd,
 )
+from pykhuge.mm.mm_slot import khugepaged_enter_vma, khugepaged_exit
 from pykhuge.mm.mm_types import (
     VM_SHARED,
     VM_WRITE,
@@ -130,7 +131,7 @@ def do_mmap(
         pgoff = addr >> PAGE_SHIFT
     vma = Vma(mm, addr, addr + length, vm_flags, pgoff, vm_file=file)
     insert_vma(mm, vma)
-    vma_merge(mem, mm, vma)
+    khugepaged_enter_vma(mem, vma_merge(mem, mm, vma))
     yield Release(mm.mmap_lock)
     yield from release_files(mem, replaced)
     return addr
@@ -196,9 +197,9 @@ def isolate_vmas(mem: Memory, mm: Mm, start: int, end: int) -> list[Vma]:
     return vmas_in(mm, start, end)
 
 
-def vma_merge(mem: Memory, mm: Mm, vma: Vma) -> None:
-    """vma_merge(): join `vma` with neighbours it cannot be told from."""
-    place = mm.vmas.index(vma)
+def vma_merge(mem: Memory, mm: Mm, vma: Vma) -> Vma:
+    """vma_merge(): join `vma` with neighbours it cannot be told from; returns what it is then."""
+    place, merged = mm.vmas.index(vma), vma
     for lower, upper in ((place, place + 1), (place - 1, place)):
         if lower < 0 or upper >= len(mm.vmas):
             continue
@@ -209,6 +210,9 @@ def vma_merge(mem: Memory, mm: Mm, vma: Vma) -> None:
                 anon_vma_clone(first, second)
             first.vm_end = second.vm_end
             _forget(mem, mm, second)
+            khugepaged_enter_vma(mem, first)
+            merged = first
+    return merged
 
 
 def _can_merge(first: Vma, second: Vma) -> bool:
@@ -341,13 +345,11 @@ def exit_mmap(mem: Memory, mm: Mm) -> Steps[None]:
     dropped = Counter(vma.vm_file for vma in mm.vmas if vma.vm_file is not None)
     dropped.update(mm.files)
     yield from foresee_evictions(mem, dropped)
+    lock = mm.mmap_lock
+    yield Foresee(f"acquire {lock.name} for write: {lock}", lambda: lock.available(WRITE))
     mm.mm_users = 0
-    try:
-        yield Acquire(mm.mmap_lock, WRITE)
-    except GeneratorExit:
-        # A plain call that would have to wait is given up: then nothing has happened.
-        mm.mm_users = 1
-        raise
+    yield from khugepaged_exit(mem, mm)
+    yield Acquire(lock, WRITE)
     for vma in list(mm.vmas):
         zap_page_range(mem, vma, vma.vm_start, vma.vm_end, drop_markers=True)
     files, mm.files = mm.files, []

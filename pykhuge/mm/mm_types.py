@@ -16,9 +16,11 @@ __all__ = [
     "AnonVma",
     "File",
     "Inode",
+    "KhugepagedScan",
     "MemCgroup",
     "Mm",
     "MmFlag",
+    "MmSlot",
     "MmuNotifier",
     "RegularInode",
     "ShmemInode",
@@ -75,6 +77,7 @@ class MmFlag(enum.IntFlag):
     MMF_HAS_PINNED = 1 << 27
 
 
+MMF_VM_HUGEPAGE = MmFlag.MMF_VM_HUGEPAGE.value
 MMF_DISABLE_THP = MmFlag.MMF_DISABLE_THP.value
 MMF_HAS_PINNED = MmFlag.MMF_HAS_PINNED.value
 
@@ -278,7 +281,7 @@ class Vma:
         return f"{self.vm_start:012x}-{self.vm_end:012x}"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Mm:
     """struct mm_struct.
 
@@ -289,7 +292,7 @@ class Mm:
     rss_stat: MM_FILEPAGES, MM_ANONPAGES, MM_SWAPENTS, MM_SHMEMPAGES.
     mm_users: 0 once the process is exiting.
     tlb_gen: how often a collapse has flushed its TLBs.
-    pte_mapped_thp: blocks for the daemon to look at: their page is huge, their entries are small.
+    mm_slot: its place in the daemon's list, once it is registered (MMF_VM_HUGEPAGE).
     files: open files.
     """
 
@@ -309,6 +312,35 @@ class Mm:
     preferred_node: int = 0
     mmu_notifiers: list[MmuNotifier] = field(default_factory=list)
     tlb_gen: int = 0
-    pte_mapped_thp: list[int] = field(default_factory=list)
+    mm_slot: MmSlot | None = None
     files: list[File] = field(default_factory=list)
     mmap_base: int = 0x7F00_0000_0000
+
+    def __repr__(self) -> str:
+        return f"<Mm {self.name}, {len(self.vmas)} VMAs>"
+
+
+@dataclass(eq=False)
+class MmSlot:
+    """struct khugepaged_mm_slot: an mm that the daemon visits.
+
+    pte_mapped_thp: its blocks whose page is huge and whose entries are small, for the next visit.
+    """
+
+    mm: Mm
+    pte_mapped_thp: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class KhugepagedScan:
+    """struct khugepaged_scan: the daemon's cursor.
+
+    mm_head: every registered mm, in the order of the visits.
+    mm_slot: where the daemon is; None between two rounds. address: where it goes on in that mm.
+    wakeup: called when the list is empty no more.
+    """
+
+    mm_head: list[MmSlot] = field(default_factory=list)
+    mm_slot: MmSlot | None = None
+    address: int = 0
+    wakeup: Callable[[], None] = lambda: None

@@ -7,12 +7,14 @@ is a NUMA node's range of page frames (struct pglist_data).
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from pykhuge._native import PteScanner
 from pykhuge.hw.memory import HPAGE_PMD_NR, PhysicalMemory, lazy_zeros
 from pykhuge.hw.poison import Poison
 from pykhuge.kernel.clock import Clock
@@ -24,6 +26,7 @@ from pykhuge.mm.mm_types import (
     AnonVma,
     File,
     Inode,
+    KhugepagedScan,
     MemCgroup,
     Mm,
     RegularInode,
@@ -83,8 +86,15 @@ class SwapDevice:
 
 @dataclass
 class ThpSettings:
-    """/sys/kernel/mm/transparent_hugepage: what every fault asks."""
+    """/sys/kernel/mm/transparent_hugepage: what every fault asks.
 
+    enabled: who gets huge pages, and whether the daemon runs. shmem_enabled: the same for shmem.
+    defrag: which faults may wait for a huge page to be made.
+    use_zero_page: whether a read of untouched memory maps the huge zero page.
+    """
+
+    # Told whether anybody will have huge pages when `enabled` is written: the daemon follows.
+    on_enabled: Callable[[bool], None] = field(default_factory=lambda: lambda _: None, repr=False)
     enabled: str = "madvise"
     shmem_enabled: str = "never"
     defrag: str = "madvise"
@@ -97,7 +107,10 @@ class ThpSettings:
     DEFRAG = ("always", "defer", "defer+madvise", "madvise", "never")
 
     def __setattr__(self, name: str, value: object) -> None:
-        allowed = {
+        if name == "on_enabled":
+            object.__setattr__(self, name, value)
+            return
+        allowed: dict[str, tuple[object, ...]] = {
             "enabled": self.ENABLED,
             "shmem_enabled": self.SHMEM_ENABLED,
             "defrag": self.DEFRAG,
@@ -108,6 +121,8 @@ class ThpSettings:
             raise AttributeError(f"{name}: allowed {', '.join(allowed)}")
         if value not in allowed[name]:
             raise ValueError(f"{name}={value!r}: allowed {', '.join(map(str, allowed[name]))}")
+        if name == "enabled":
+            self.on_enabled(value != "never")
         object.__setattr__(self, name, value)
         if name == "shmem_enabled" and value not in ("deny", "force"):
             object.__setattr__(self, "shm_mnt_huge", value)
@@ -179,6 +194,7 @@ class Memory:
         self.io_pages = 320
         self.memcgs = [MemCgroup(0, nr_pages)]
         self.mms: list[Mm] = []
+        self.khugepaged_scan = KhugepagedScan()
         # New huge pages that nothing maps yet, and who will: for the audit.
         self.in_flight: dict[int, Task[Any]] = {}
         # Files that code in progress refers to: for the audit.
@@ -191,6 +207,16 @@ class Memory:
         self.huge_zero_pfn: int | None = None
 
         self.zero_pfn = 0
+        self.pte_scanner = PteScanner(
+            tables=self.ram.address,
+            flags=self.pages.flags.ctypes.data,
+            refcount=self.pages.refcount.ctypes.data,
+            mapcount=self.pages.mapcount.ctypes.data,
+            entire_mapcount=self.pages.entire_mapcount.ctypes.data,
+            zero_pfn=self.zero_pfn,
+            node_ends=[node.end_pfn for node in self.nodes],
+            distances=distances,
+        )
         self.nodes[0].used[0] = self.nodes[0].high = 1
         self.pages.refcount[0] = 1
         self.pages.flags[0] = PG_reserved | PG_uptodate

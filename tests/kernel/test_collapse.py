@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from collapse_kit import small_machine
 from kernel import layouts
 from kernel.layouts import BLOCK, LAYOUTS, NR, PAGE
 
@@ -123,7 +124,7 @@ def collapse_here(layout: str, trace: Path) -> tuple[dict[str, Any], Events]:
 
 def collapse_in_model(layout: str) -> tuple[dict[str, Any], Events]:
     """What the model makes of it."""
-    machine = Machine("64M", swap="8M")
+    machine = small_machine("64M", swap="8M")
     seen = layouts.outcome(Model(machine), layout)
     machine.audit()
     return seen, model_events(machine)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from collapse_kit import small_machine
 from kernel import file_layouts, layouts
 from kernel.file_layouts import DIFFERENT, SAME
 from kernel.layouts import BLOCK, NR, PAGE
@@ -101,7 +102,7 @@ def collapse_here(layout: str, trace: Path) -> tuple[dict[str, Any], Events]:
 
 def collapse_in_model(layout: str) -> tuple[dict[str, Any], Events]:
     """What the model makes of it."""
-    machine = Machine("64M", swap="8M")
+    machine = small_machine("64M", swap="8M")
     side = FileModel(machine)
     seen = file_layouts.outcome(side, layout)
     machine.audit()

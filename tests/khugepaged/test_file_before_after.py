@@ -23,6 +23,7 @@ from file_kit import (
     file_collapses,
     fill_file,
     map_block,
+    pte_mapped_thp,
     shared_anonymous_block,
     shmem_block,
 )
@@ -324,7 +325,7 @@ def test_others_tables_go_with_the_daemon_and_wait_for_it_with_madvise(
     block.collapse(is_khugepaged=is_khugepaged)
     other = block.maps[1]
     noted = [] if is_khugepaged else [other.addr]
-    assert other.process.mm.pte_mapped_thp == noted
+    assert pte_mapped_thp(other.process) == noted
     assert other.process.read(other.addr, HPAGE) == block.content()
     assert other.process.is_huge(other.addr) is is_khugepaged
 

@@ -6,7 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from collapse_kit import HPAGE, NR, PAGE, MakeMachine, block_bytes, fill, page_bytes
+from collapse_kit import (
+    HPAGE,
+    NR,
+    PAGE,
+    MakeMachine,
+    block_bytes,
+    fill,
+    page_bytes,
+    small_machine,
+)
 from file_kit import (
     ALL,
     DISK,
@@ -144,7 +153,7 @@ def test_cache_and_contents_are_as_before_wherever_the_poison_is(
     """Same frames in the same slots, holes again, unmapped, on the LRU; then one more look."""
     lines = st.sets(st.integers(0, 63), min_size=1, max_size=3)
     bad = data.draw(st.dictionaries(st.sampled_from(held), lines, min_size=1, max_size=4))
-    machine = Machine("24M", swap="4M")
+    machine = small_machine("24M", swap="4M")
     block = shmem_block(machine, held, others=[touched])
     askew = out_of_step(block, skew)
     for page, each in bad.items():
@@ -558,7 +567,7 @@ def contents(block: FileBlock) -> list[bytes]:
 @given(held=HELD)
 def test_any_holes_read_as_zeros(held: list[int]) -> None:
     """Whatever pages there are, the rest is zeros."""
-    machine = Machine("24M")
+    machine = small_machine("24M")
     block = shmem_block(machine, held, mapped=held[:1])
     hpage = dirty_free_memory(machine, GARBAGE)
     assert block.collapse() is S.SCAN_SUCCEED

@@ -14,6 +14,7 @@ from file_kit import (
     file_collapses,
     file_scans,
     memfd,
+    pte_mapped_thp,
     shmem_block,
 )
 
@@ -77,10 +78,10 @@ def test_madv_collapse_maps_the_target_and_notes_the_others_for_the_daemon(
     assert rss(block.process)["MM_SHMEMPAGES"] == NR
     assert machine.mem.pages.refcount[block.slots()[0]] == NR + 1
     assert has_table(other)
-    assert other.process.mm.pte_mapped_thp == [other.addr]
+    assert pte_mapped_thp(other.process) == [other.addr]
     assert machine.collapse(other.process, other.addr) is S.SCAN_PTE_MAPPED_HUGEPAGE
     assert not has_table(other)
-    assert other.process.mm.pte_mapped_thp == []
+    assert pte_mapped_thp(other.process) == []
 
 
 def test_a_slot_notes_eight_blocks_and_drops_the_ninth(machine: Machine) -> None:
@@ -93,8 +94,10 @@ def test_a_slot_notes_eight_blocks_and_drops_the_ninth(machine: Machine) -> None
     for number in range(9):
         process.write(addr + number * HPAGE, b"x")
         other.read(theirs + number * HPAGE, 1)
+    machine.thp.shmem_enabled = "advise"
+    other.madvise(theirs, 9 * HPAGE, Advice.MADV_HUGEPAGE)
     process.madvise(addr, 9 * HPAGE, Advice.MADV_COLLAPSE)
-    assert other.mm.pte_mapped_thp == [theirs + number * HPAGE for number in range(8)]
+    assert pte_mapped_thp(other) == [theirs + number * HPAGE for number in range(8)]
     machine.audit()
 
 
@@ -171,7 +174,7 @@ def test_a_mapping_out_of_step_or_too_short_is_passed_over(block: FileBlock) -> 
     assert not has_table(whole)
     assert has_table(Mapping(process, odd))
     assert has_table(Mapping(process, short))
-    assert process.mm.pte_mapped_thp == []
+    assert pte_mapped_thp(process) == []
     assert process.read(odd, HPAGE) == block.content()
     block.machine.audit()
 
@@ -200,7 +203,7 @@ def test_a_target_whose_lock_is_lost_is_pte_mapped(block: FileBlock, lock: str) 
     let_go()
     assert cache_is_huge(block.file)
     assert has_table(block.maps[0])
-    assert block.process.mm.pte_mapped_thp == [block.addr]
+    assert pte_mapped_thp(block.process) == [block.addr]
     assert block.machine.khugepaged_settings.pages_collapsed == 1
     block.collapse()
     assert not has_table(block.maps[0])
@@ -220,7 +223,7 @@ def test_of_another_mapping_a_lost_mmap_lock_is_noted_and_a_lost_vm_lock_is_not(
     assert task.finish() is S.SCAN_SUCCEED
     let_go()
     assert has_table(other)
-    assert other.process.mm.pte_mapped_thp == [other.addr] * noted
+    assert pte_mapped_thp(other.process) == [other.addr] * noted
     machine.audit()
 
 

@@ -18,6 +18,7 @@ from collapse_kit import (
     paused,
     pfn_of,
     scans,
+    small_machine,
     swapins,
     touch,
 )
@@ -250,7 +251,7 @@ def test_equal_machines_give_equal_traces() -> None:
     """Time and hashed pointers come from the machine's seed: byte for byte the same."""
     texts = []
     for _ in range(2):
-        machine = Machine("16M", seed=7)
+        machine = small_machine("16M", seed=7)
         process = machine.process("app")
         addr = advised(process)
         fill(process, addr, range(0, NR, 3))
@@ -259,5 +260,5 @@ def test_equal_machines_give_equal_traces() -> None:
         machine.audit()
         texts.append(machine.trace.text())
     assert texts[0] == texts[1]
-    other = Machine("16M", seed=8).process("app").mm.hashed_ptr
+    other = small_machine("16M", seed=8).process("app").mm.hashed_ptr
     assert f"{other:016x}" not in texts[0]

@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from collapse_kit import HPAGE, PAGE, block_bytes
+from collapse_kit import (
+    HPAGE,
+    PAGE,
+    block_bytes,
+    small_machine,
+)
 from file_kit import FileBlock, cache_is_huge, disk_block
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pykhuge import File, Machine, Process, ScanResult
+from pykhuge import File, Process, ScanResult
 from pykhuge.kernel.sched import Steps, Task
 
 S = ScanResult
@@ -50,7 +55,7 @@ class Outcome(NamedTuple):
 
 def race(path: Path, *, poisoned: bool = False, nr_writers: int = 1) -> Race:
     """A collapse that has looked at the pages and will now begin, and writers about to open."""
-    machine = Machine("8M")
+    machine = small_machine("8M")
     block = disk_block(machine, path, mapped=range(64))
     if poisoned:
         block.poison(100, 5)
@@ -204,7 +209,7 @@ def test_several_writers_at_once(
 
 def test_writer_that_is_there_already_keeps_khugepaged_away(path: Path) -> None:
     """A file open for writing is not looked at at all; once it is closed it collapses."""
-    machine = Machine("8M")
+    machine = small_machine("8M")
     block = disk_block(machine, path)
     writer = machine.process("writer")
     file = writer.open(str(path), os.O_RDWR)

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from collapse_kit import HPAGE, PAGE, block_bytes, changes, counters
+from collapse_kit import (
+    HPAGE,
+    PAGE,
+    block_bytes,
+    changes,
+    counters,
+    small_machine,
+)
 
 from pykhuge import PROT_READ, Advice, File, Machine, Process, ScanResult, UserFault, WouldBlock
 from pykhuge.kernel.sched import Task
@@ -305,7 +312,7 @@ def test_a_file_that_denies_writing_is_not_opened_for_it(
 
 def test_the_ledger_hears_of_cached_and_swapped_pages() -> None:
     """Cached and swapped pages of a file are postings, as the counters of nodes are."""
-    machine = Machine("16M", swap="1M")
+    machine = small_machine("16M", swap="1M")
     process = machine.process("app")
     file = process.memfd_create("pages")
     with machine.ledger() as ledger:

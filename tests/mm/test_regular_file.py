@@ -19,6 +19,7 @@ from collapse_kit import (
     page_bytes,
     ptes_of,
     rss,
+    small_machine,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -742,7 +743,7 @@ def test_random_use_of_a_disk_file_is_that_of_a_file(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, int]]
 ) -> None:
     """Cached, dirty, written, dropped, huge or truncated, its bytes are those that were written."""
-    machine = Machine("64M")
+    machine = small_machine("64M")
     shadowed = Shadowed(machine, tmp_path_factory.mktemp("disk") / "file")
     for name, where, length in steps:
         shadowed.apply(name, where, length)

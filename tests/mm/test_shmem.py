@@ -18,6 +18,7 @@ from collapse_kit import (
     flags_of,
     page_bytes,
     rss,
+    small_machine,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -1293,7 +1294,7 @@ class Shadowed:
 @given(operations)
 def test_random_use_of_a_file_is_that_of_a_bytearray(steps: list[tuple[str, Any, int]]) -> None:
     """Whatever writes, cuts, swaps and collapses it, its bytes are those that were written."""
-    machine = Machine("64M", swap="16M")
+    machine = small_machine("64M", swap="16M")
     shadowed = Shadowed(machine)
     for name, where, length in steps:
         if name == "pageout" and where >= SIZE:
@@ -1379,7 +1380,7 @@ def test_random_use_of_a_file_is_that_of_a_memfd_of_the_host(
     steps: list[tuple[str, int, int]],
 ) -> None:
     """Byte for byte, and block for block."""
-    machine, host = Machine("64M"), HostFile()
+    machine, host = small_machine("64M"), HostFile()
     process = machine.process("a")
     file = process.memfd_create("f")
     addr = process.mmap(SIZE, file=file, shared=True)

@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from collapse_kit import HPAGE, NR, PAGE
+from collapse_kit import (
+    HPAGE,
+    NR,
+    PAGE,
+    small_machine,
+)
 from file_kit import ALL, FileBlock, books, cache_is_huge, disk_block, shmem_block
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -110,7 +115,7 @@ def test_scan_stops_where_a_loop_over_the_entries_stops(
     states: dict[int, State], daemon: bool, max_none: int, max_swap: int
 ) -> None:
     """Result, scan_pfn, present and swap of the trace event."""
-    machine = Machine("16M", swap="8M")
+    machine = small_machine("16M", swap="8M")
     machine.khugepaged_settings.max_ptes_none = max_none
     machine.khugepaged_settings.max_ptes_swap = max_swap
     block = block_in(machine, states)
@@ -283,7 +288,7 @@ def test_collapse_of_shmem_goes_as_a_loop_over_the_indexes_goes(
     states: dict[int, State], room: int, fail_stores: set[int]
 ) -> None:
     """Result, index, pages unmapped by then, and every charge taken back."""
-    machine = Machine("16M", swap="8M")
+    machine = small_machine("16M", swap="8M")
     block = block_in(machine, {} if all_holes(states) else states)
     machine.mem.commit_limit = machine.mem.vm_committed_as + room
     block.file.f_mapping.fail_stores = fail_stores
@@ -320,7 +325,7 @@ def test_collapse_of_a_disk_file_goes_as_a_loop_over_the_indexes_goes(
     states: dict[int, State],
 ) -> None:
     """Result, index, pages unmapped by then, pages read in, nr_thps."""
-    machine = Machine("16M")
+    machine = small_machine("16M")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "block"
         cached = [place for place in ALL if "absent" not in states.get(place, PLAIN)]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 
 import numpy as np
+from collapse_kit import small_machine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pykhuge.machine import Machine
 from pykhuge.mm.page import PG_anon, PG_head, PG_lru, PG_swapbacked
 from pykhuge.mm.page_alloc import alloc_huge_page, alloc_pages
 from pykhuge.mm.page_table import (
@@ -66,7 +66,7 @@ class Bitmap:
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 1 << 16)), min_size=1, max_size=25))
 def test_allocator_gives_the_frames_a_bitmap_gives(calls: list[tuple[int, int]]) -> None:
     """The same frames in the same order, fragmentation and all, and the same count of free ones."""
-    machine, bitmap = Machine("16M", nodes=2), Bitmap()
+    machine, bitmap = small_machine("16M", nodes=2), Bitmap()
     mem = machine.mem
     base: list[int] = []
     huge: list[int] = []
@@ -135,7 +135,7 @@ def test_lru_batches_flush_as_if_pages_came_one_by_one(  # noqa: C901
     calls: list[tuple[int, int, int]],
 ) -> None:
     """Lists, their order, batches and references are those of a batch of 15 fed page by page."""
-    machine, slow = Machine("32M", cpus=2), Batches()
+    machine, slow = small_machine("32M", cpus=2), Batches()
     mem = machine.mem
     for cpu, kind, number in calls:
         rng = random.Random(number)

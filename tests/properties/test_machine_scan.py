@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from collapse_kit import small_machine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -211,7 +212,7 @@ class Notifier:
 def build(layout: Layout) -> tuple[Machine, Any, Vma, CollapseControl]:
     """The same as a page table and struct pages of a machine."""
     distance = 40 if layout.far else 20
-    machine = Machine(nodes=["2M", "14M"], distances=[[10, distance], [distance, 10]], seed=1)
+    machine = small_machine(nodes=["2M", "14M"], distances=[[10, distance], [distance, 10]], seed=1)
     mem = machine.mem
     mem.node_reclaim_mode = int(layout.node_reclaim)
     for name, value in layout.limits.items():
@@ -400,7 +401,9 @@ def expected_events(result: ScanResult) -> dict[str, int]:
 def test_scan_finds_what_a_loop_over_the_entries_finds(layout: Layout) -> None:
     """Result, page, counts, events and node load are those of the kernel's loop, for any block."""
     machine, table, vma, cc = build(layout)
-    found = scan._scan_ptes(machine.mem, table, vma, BASE, cc)
+    frame = machine.mem.nr_pages - 1
+    machine.mem.ram.words[frame] = table
+    found = scan._scan_ptes(machine.mem, frame, vma, BASE, cc)
     slow = slow_scan(layout)
     load = slow.pop("node_load")
     assert found._asdict() == slow

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from collapse_kit import small_machine
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -38,7 +39,6 @@ from properties.shadow import (
 
 from pykhuge.kernel.sched import Task, WouldBlock
 from pykhuge.khugepaged.scan_result import CollapseError, ScanResult
-from pykhuge.machine import Machine
 from pykhuge.mm.errors import BUS_MCEERR_AR, BusError, SegmentationFault, UserFault
 from pykhuge.mm.gup import UserPages
 from pykhuge.mm.huge_memory import OutOfMemory
@@ -99,7 +99,7 @@ class Operations(RuleBasedStateMachine):
         super().__init__()
         self.actors: list[Actor] = []
         self.held: list[UserPages] = []
-        self.machine = Machine("16M")
+        self.machine = small_machine("16M")
 
     @initialize(
         nodes=st.sampled_from([1, 2]),
@@ -109,7 +109,7 @@ class Operations(RuleBasedStateMachine):
     )
     def boot(self, nodes: int, enabled: str, megabytes: int, seed: int) -> None:
         """A machine with two processes, a block of theirs mapped and filled."""
-        self.machine = Machine(f"{megabytes}M", nodes=nodes, swap="3M", cpus=2, seed=seed)
+        self.machine = small_machine(f"{megabytes}M", nodes=nodes, swap="3M", cpus=2, seed=seed)
         self.machine.thp.enabled = enabled
         for _ in range(2):
             actor = self.start(self.machine.process())
