@@ -24,7 +24,7 @@ __all__ = ["CASES"]
 GIB = 1 << 30
 S = ScanResult
 # Here a collapse has its huge page, has dropped mmap_lock, and will look at everything anew.
-SCANNED = ("acquire mmap_lock for read",) * 2
+SCANNED = ("acquire mmap_lock for read",)
 
 
 def full() -> Block:

@@ -284,8 +284,8 @@ def hold_mmap_lock(block: Block) -> None:
 
     def come_by_again() -> None:
         mm.mmap_lock.unlock(holder)
-        check(mm.pte_mapped_thp == [block.addr], "the block noted for khugepaged")
-        machine.collapse(block.process, block.addr)
+        check(bool(pmd_of(machine.mem, mm, block.addr)), "the page table left alone")
+        machine.khugepaged.step()
         check(not pmd_of(machine.mem, mm, block.addr), "the page table freed by khugepaged")
 
     block.at_end.callback(come_by_again)

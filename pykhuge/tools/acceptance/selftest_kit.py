@@ -330,11 +330,15 @@ class Khugepaged(Context):
         return in_time
 
     def collapse(self, area: Area, addr: int, nr_hpages: int) -> str:
-        """Blocks of a file are touched again: the daemon leaves their PMD empty."""
-        check(self.wait_for_scan(area, addr, nr_hpages), "khugepaged has scanned all in time")
-        if not isinstance(area, AnonArea):
+        """Blocks of a file are touched again: the daemon leaves their PMD empty.
+
+        A process without any page there is not known to the daemon, which then scans nothing.
+        """
+        in_time = self.wait_for_scan(area, addr, nr_hpages)
+        if in_time and not isinstance(area, AnonArea):
             area.fault(addr, 0, nr_hpages * HPAGE_PMD_NR)
         if area.check_huge(addr, nr_hpages):
+            check(in_time, "khugepaged has scanned all in time")
             return "collapsed"
         check(area.check_huge(addr, 0), "all blocks huge, or none")
         return "left alone"
