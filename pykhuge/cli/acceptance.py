@@ -109,8 +109,8 @@ def _row_json(verdict: Verdict) -> dict[str, Any]:
 
 def _markdown(verdicts: list[Verdict]) -> Iterator[str]:
     """A table for each group. Scenarios that differ in their memory alone share a row."""
-    for group, of_group in groupby(verdicts, key=lambda each: each.scenario.group):
-        yield f"\n**{group}**\n"
+    for number, (group, of_group) in enumerate(groupby(verdicts, lambda each: each.scenario.group)):
+        yield "\n" * bool(number) + f"**{group}**\n"
         yield "| " + " | ".join(HEADINGS) + " |"
         yield "|---" * len(HEADINGS) + "|"
         for cells in _rows(of_group):

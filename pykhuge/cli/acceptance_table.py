@@ -30,7 +30,9 @@ def show(scenarios: list[Scenario]) -> list[Verdict]:
         console.print(_table(group, of_group))
     failed = sum(not each.passed for each in verdicts)
     if failed:
-        console.print(Text(f"{failed} of {len(verdicts)} did not come out so", style="bold red"))
+        console.print(
+            Text(f"{failed} of {len(verdicts)} did not come out as expected", style="bold red")
+        )
     else:
         console.print(Text(f"all {len(verdicts)} came out as expected", style="green"))
     return verdicts

@@ -73,7 +73,8 @@ class Buffer:
             self.process.ftruncate(self.file, self.size)
         shared = self.file is not None
         self.addr = self.process.mmap(self.size, file=self.file, shared=shared)
-        self.process.write(self.addr, b"".join(self.content))
+        for block, data in enumerate(self.content):
+            self.process.write(self.addr + block * HPAGE_PMD_SIZE, data)
 
     def leave(self, machine: Machine) -> None:
         """The task exits, its file goes, and its bad lines are good again for others."""
