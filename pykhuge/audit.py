@@ -16,7 +16,9 @@ import numpy.typing as npt
 from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.kernel.locking import RwSem
 from pykhuge.kernel.panic import KernelBug
+from pykhuge.mm.mm_slot import MAX_PTE_MAPPED_THP
 from pykhuge.mm.mm_types import (
+    MMF_VM_HUGEPAGE,
     VM_NORESERVE,
     VM_SHARED,
     VM_UFFD_WP,
@@ -132,6 +134,7 @@ def audit(mem: Memory) -> None:
     _check_swap(mem, recount, used)
     _check_memcgs(mem, recount, used)
     _check_locks(mem, recount)
+    _check_mm_slots(mem, recount)
     if recount.findings:
         raise KernelBug(*recount.findings)
 
@@ -573,6 +576,26 @@ def _check_locks(mem: Memory, recount: Recount) -> None:
         _check_holders(mm.name, locks, recount)
     for inode in mem.inodes:
         _check_holders(inode.name, [inode.i_rwsem, inode.i_mapping.i_mmap_rwsem], recount)
+
+
+def _check_mm_slots(mem: Memory, recount: Recount) -> None:
+    """The daemon's list holds every registered mm once; one that has ended only as the cursor."""
+    scan = mem.khugepaged_scan
+    listed = Counter(slot.mm for slot in scan.mm_head)
+    for mm in mem.mms:
+        registered = bool(mm.flags & MMF_VM_HUGEPAGE)
+        recount.expect(f"{mm.name}: slots in the daemon's list", listed.pop(mm, 0), registered)
+        recount.expect(f"{mm.name}: has an mm_slot", mm.mm_slot is not None, registered)
+    recount.findings.extend(
+        f"{mm.name} has ended and is in the daemon's list"
+        for mm in listed
+        if scan.mm_slot is None or mm is not scan.mm_slot.mm
+    )
+    for slot in scan.mm_head:
+        if slot.mm.mm_slot is not slot or len(slot.pte_mapped_thp) > MAX_PTE_MAPPED_THP:
+            recount.findings.append(f"{slot.mm.name}: its mm_slot is another, or overfull")
+    if scan.mm_slot is not None and scan.mm_slot not in scan.mm_head:
+        recount.findings.append(f"the daemon is at {scan.mm_slot.mm.name}, not one of its list")
 
 
 def _check_holders(name: str, locks: list[RwSem], recount: Recount) -> None:

@@ -40,7 +40,7 @@ class Sysfs(Mapping[str, str]):
         self._files = {
             "enabled": _choice(thp, "enabled", thp.ENABLED),
             "defrag": _choice(thp, "defrag", thp.DEFRAG),
-            "shmem_enabled": _choice(thp, "shmem_enabled", thp.SHMEM_ENABLED),
+            "shmem_enabled": _choice(thp, "shmem_enabled", thp.SHMEM_ENABLED, _copied_word),
             "use_zero_page": _flag(thp, "use_zero_page"),
             "hpage_pmd_size": _File(lambda: f"{HPAGE_PMD_SIZE}\n", None),
             "khugepaged/defrag": _flag(settings, "defrag"),
@@ -78,7 +78,19 @@ class Sysfs(Mapping[str, str]):
         return self._files[name]
 
 
-def _choice(owner: Any, name: str, choices: tuple[str, ...]) -> _File:
+def _word(text: str) -> str:
+    """sysfs_streq(): a newline behind the word, where the string ends, does not count."""
+    return _c_string(text).removesuffix("\n")
+
+
+def _copied_word(text: str) -> str:
+    """shmem_enabled_store(): 15 bytes at most, and a newline counts unless it is the last."""
+    return _c_string(text.removesuffix("\n")) if len(text.encode()) < 16 else ""
+
+
+def _choice(
+    owner: Any, name: str, choices: tuple[str, ...], parse: Callable[[str], str] = _word
+) -> _File:
     """All words, the one that holds in brackets; takes one of them."""
 
     def show() -> str:
@@ -86,7 +98,7 @@ def _choice(owner: Any, name: str, choices: tuple[str, ...]) -> _File:
         return " ".join(f"[{word}]" if word == chosen else word for word in choices) + "\n"
 
     def store(text: str) -> None:
-        word = _c_string(text).removesuffix("\n")
+        word = parse(text)
         if word not in choices:
             raise os_error(errno.EINVAL, f"{name}={text!r}: allowed {', '.join(choices)}")
         setattr(owner, name, word)
@@ -128,12 +140,13 @@ def _kstrtoul(name: str, text: str, allowed: str) -> int:
 
     Raises: OSError EINVAL, ERANGE.
     """
-    match = re.fullmatch(r"\+?([0-9]+)\n?", _c_string(text), re.ASCII)
-    if match is None:
-        raise os_error(errno.EINVAL, f"{name}={text!r}: allowed {allowed}")
-    value = int(match[1])
+    match = re.match(r"\+?([0-9]+)", string := _c_string(text))
+    value = int(match[1]) if match is not None else 0
+    # The number is read, and may be too large, before anybody looks at what follows it.
     if value > ULONG_MAX:
         raise os_error(errno.ERANGE, f"{name}={text!r}: allowed {allowed}")
+    if match is None or string[match.end() :] not in ("", "\n"):
+        raise os_error(errno.EINVAL, f"{name}={text!r}: allowed {allowed}")
     return value
 
 

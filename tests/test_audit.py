@@ -34,7 +34,7 @@ from pykhuge import (
 from pykhuge.kernel.locking import READ
 from pykhuge.mm import page as pg
 from pykhuge.mm import vmstat as vs
-from pykhuge.mm.mm_types import RegularInode, ShmemInode
+from pykhuge.mm.mm_types import MMF_VM_HUGEPAGE, RegularInode, ShmemInode
 from pykhuge.mm.page_table import PAGE_RW, make_swap_pte
 from pykhuge.mm.regular_file import filemap_flush
 from pykhuge.mm.rmap import pmd_of, set_pmd
@@ -292,6 +292,47 @@ CORRUPTIONS: dict[str, tuple[Callable[[Scene], None], str]] = {
     "spinlock": (spinlock, r"page_table_lock held is True, recount False"),
     "mmap_lock": (mmap_lock, r"mmap_lock \(held for read by app\) by a task that has ended"),
     "anon_vma lock": (anon_vma_lock, r"anon_vma \(held for read by app\) by a task that has ended"),
+}
+
+
+def registered(scene: Scene) -> Any:
+    """The daemon's cursor, which is at the process."""
+    scan = scene.mem.khugepaged_scan
+    scan.mm_slot = scene.process.mm.mm_slot
+    scene.machine.audit()
+    return scan
+
+
+def unlisted_slot(scene: Scene) -> None:
+    registered(scene).mm_head.clear()
+
+
+def slot_without_flag(scene: Scene) -> None:
+    registered(scene)
+    scene.process.mm.flags &= ~MMF_VM_HUGEPAGE
+
+
+def slot_listed_twice(scene: Scene) -> None:
+    scan = registered(scene)
+    scan.mm_head.append(scan.mm_slot)
+
+
+def slot_of_the_dead(scene: Scene) -> None:
+    scan = registered(scene)
+    scene.mem.mms.remove(scene.process.mm)
+    scan.mm_slot = None
+
+
+def slot_overfull(scene: Scene) -> None:
+    registered(scene).mm_slot.pte_mapped_thp.extend(range(9))
+
+
+CORRUPTIONS |= {
+    "a registered mm in no list": (unlisted_slot, "the daemon is at .*, not one of its list"),
+    "a slot without the flag": (slot_without_flag, r"slots in the daemon's list is 1, recount"),
+    "a slot listed twice": (slot_listed_twice, r"slots in the daemon's list is 2, recount"),
+    "a slot of a process that has ended": (slot_of_the_dead, "has ended and is in the daemon's"),
+    "a slot with nine blocks": (slot_overfull, "its mm_slot is another, or overfull"),
 }
 CORRUPTIONS |= {
     f"counter {name}": (node_stat(item), rf"node0: {name} is \d+, recount \d+")
