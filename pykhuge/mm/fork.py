@@ -52,6 +52,7 @@ from pykhuge.mm.page_table import (
     pte_pfns,
 )
 from pykhuge.mm.rmap import (
+    MARKER_UFFD_WP,
     anon_vma_clone,
     anon_vma_new,
     mod_mm_pages,
@@ -149,6 +150,8 @@ def _copy_pte_range(mem: Memory, vma: Vma, copy: Vma, low: int, high: int) -> No
     for slot in swap_slots(source[swapped]):
         swap_duplicate(mem, slot)
     mem.mod_mm(copy.mm, MM_SWAPENTS, int(np.count_nonzero(swapped)))
+    poisoned = markers & (source != MARKER_UFFD_WP)
+    target[poisoned] = source[poisoned]
 
     present = np.flatnonzero(source & U_PRESENT)
     zero = present[pte_pfns(source[present]) == mem.zero_pfn]
