@@ -177,6 +177,7 @@ def _recovers(memory: str, seeds: range) -> None:
 def _passes(machine: Machine, memory: str, buffers: list[Buffer]) -> None:
     """Let khugepaged come by, again and again, and look at what it says and counts."""
     before, collapsed = machine.vmstat(), int(machine.sysfs["khugepaged/pages_collapsed"])
+    mces = len(machine.mem.poison.log)
     nr_bad = sum(len(each.bad_blocks) for each in buffers)
     nr_good = sum(len(each.content) for each in buffers) - nr_bad
     for number in range(PASSES):
@@ -184,6 +185,8 @@ def _passes(machine: Machine, memory: str, buffers: list[Buffer]) -> None:
         good = HUGE_ALREADY[memory] if number else ScanResult.SCAN_SUCCEED
         expected = Counter({ScanResult.SCAN_COPY_MC: nr_bad, good: nr_good})
         check(met == expected, f"pass {number}: {dict(met)}")
+    mces = len(machine.mem.poison.log) - mces
+    check(mces == PASSES * nr_bad, f"{mces} machine checks in {PASSES} passes, {nr_bad} bad blocks")
     machine.lru_add_drain_all()
     moved, due = _moved(before, machine.vmstat()), _counters(memory, nr_good, nr_bad)
     check(moved == due, f"counters: {moved}, expected {due}")
