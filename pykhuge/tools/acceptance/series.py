@@ -47,11 +47,19 @@ HUGE_ALREADY = {
 
 
 @cache
-def content(number: int) -> bytes:
-    """One block; no 8-byte word is twice in it, or in another."""
-    first = number * HPAGE_PMD_SIZE // 8
-    words = np.arange(first + 1, first + HPAGE_PMD_SIZE // 8 + 1, dtype=np.uint64)
+def _pool() -> bytes:
+    """8 MiB, in which no 8-byte word comes twice."""
+    words = np.arange(1, (8 << 20) // 8 + 1, dtype=np.uint64)
     return (words * np.uint64(0x9E3779B97F4A7C15)).tobytes()
+
+
+def _content(number: int) -> bytes:
+    """A block of the pool, another one for each of many numbers.
+
+    Memory that is used again still holds what the last seeds wrote there: it must not pass.
+    """
+    start = 8 * (number * 4999 % ((6 << 20) // 8))
+    return _pool()[start : start + HPAGE_PMD_SIZE]
 
 
 class Buffer:
@@ -61,10 +69,10 @@ class Buffer:
     bad_lines: offsets of its poisoned lines, in order.
     """
 
-    def __init__(self, machine: Machine, number: int, memory: str, nr_blocks: int) -> None:
+    def __init__(self, machine: Machine, number: int, memory: str, content: list[bytes]) -> None:
         self.process = machine.process(f"task{number}", cpu=number)
-        self.content = [content(number * nr_blocks + block) for block in range(nr_blocks)]
-        self.size = nr_blocks * HPAGE_PMD_SIZE
+        self.content = content
+        self.size = len(content) * HPAGE_PMD_SIZE
         self.bad_lines: list[int] = []
         self.file: File | None = None
         if memory == "tmpfs":
@@ -151,7 +159,11 @@ def _host(*, recovery: bool) -> Machine:
 def _set_up(machine: Machine, memory: str, seed: int, nr_blocks: int) -> list[Buffer]:
     """Two tasks whose buffers are poisoned, and have just been made collapsible."""
     rng = random.Random(seed)
-    buffers = [Buffer(machine, number, memory, nr_blocks) for number in range(2)]
+    buffers = []
+    for number in range(2):
+        first = (2 * seed + number) * nr_blocks
+        content = [_content(first + block) for block in range(nr_blocks)]
+        buffers.append(Buffer(machine, number, memory, content))
     for buffer in buffers:
         buffer.poison(rng)
         buffer.make_collapsible()
