@@ -9,7 +9,7 @@ scan_results   each scan result by each path; anon_results and file_results say 
 
 from __future__ import annotations
 
-from pykhuge.tools.acceptance import kselftest, scan_results, series
+from pykhuge.tools.acceptance import kselftest, memory_failure, scan_results, series
 from pykhuge.tools.acceptance.scenario import Mismatch, Scenario, Verdict
 
 __all__ = ["Mismatch", "Scenario", "Verdict", "all_scenarios"]
@@ -17,4 +17,9 @@ __all__ = ["Mismatch", "Scenario", "Verdict", "all_scenarios"]
 
 def all_scenarios(seeds: int) -> list[Scenario]:
     """Every scenario, in the order of the table; the series' tests try `seeds` random seeds."""
-    return [*series.scenarios(seeds), *kselftest.scenarios(), *scan_results.scenarios()]
+    return [
+        *series.scenarios(seeds),
+        *kselftest.scenarios(),
+        *memory_failure.scenarios(),
+        *scan_results.scenarios(),
+    ]
