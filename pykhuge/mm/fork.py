@@ -40,7 +40,7 @@ from pykhuge.mm.page_table import (
     PAGE_SWP_UFFD_WP,
     PAGE_UFFD_WP,
     PAGE_USER,
-    SWP_PTE_MARKER,
+    SWP_HWPOISON,
     SWP_TYPE_SHIFT,
     U_PRESENT,
     Ptes,
@@ -142,8 +142,10 @@ def _copy_pte_range(mem: Memory, vma: Vma, copy: Vma, low: int, high: int) -> No
         return
     first = pte_index(low)
     target = mem.ram.words[pte_table(mem, copy.mm, low), first : first + len(source)]
-    markers = is_swap_ptes(source) & (source >> np.uint64(SWP_TYPE_SHIFT) == SWP_PTE_MARKER)
-    swapped = is_swap_ptes(source) & ~markers
+    kinds = source >> np.uint64(SWP_TYPE_SHIFT)
+    swapped = is_swap_ptes(source) & (kinds == 0)
+    hwpoison = is_swap_ptes(source) & (kinds == SWP_HWPOISON)
+    target[hwpoison] = source[hwpoison]
     source[swapped] &= np.uint64(~PAGE_SWP_EXCLUSIVE & (1 << 64) - 1)
     target[swapped] = source[swapped] & ~np.uint64(PAGE_SWP_UFFD_WP)
     for slot in swap_slots(source[swapped]):

@@ -20,7 +20,9 @@ from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import (
     Pfns,
     PG_anon_exclusive,
+    PG_has_hwpoisoned,
     PG_head,
+    PG_hwpoison,
     PG_locked,
     PG_mlocked,
     PG_table,
@@ -263,13 +265,15 @@ def _split_pmd_of_page(mem: Memory, head: int, table: int, pmd: int) -> None:
     pages.mapcount[subpages] += 1
 
 
-def split_huge_page(mem: Memory, head: int) -> bool:
+def split_huge_page(mem: Memory, head: int, *, pinned: int | None = None) -> bool:
     """Make 512 base pages of one compound page. Refused while anything but mappings refers to it.
 
+    Args:
+        pinned: subpage to which the caller has a reference, which it keeps.
     Kernel: split_huge_page_to_list. Returns: whether it was split.
     """
-    pages = mem.pages
-    if pages.flags[head] & PG_locked or pages.refcount[head] != pages.total_mapcount(head):
+    pages, pins = mem.pages, int(pinned is not None)
+    if pages.flags[head] & PG_locked or pages.refcount[head] != pages.total_mapcount(head) + pins:
         mem.vmstat.count(THP_SPLIT_PAGE_FAILED)
         return False
     for mapping in list(page_mappings(mem, head)):
@@ -277,12 +281,13 @@ def split_huge_page(mem: Memory, head: int) -> bool:
             split_huge_pmd(mem, mapping.vma, mapping.addr)
     mem.vmstat.count(THP_SPLIT_PAGE)
     subpages = np.arange(head, head + HPAGE_PMD_NR)
-    kept = np.uint32(
-        ~(PG_head | PG_tail | PG_mlocked | PG_unevictable | PG_anon_exclusive) & 0xFFFFFFFF
-    )
-    own = np.uint32(PG_anon_exclusive)
+    own = np.uint32(PG_anon_exclusive | PG_hwpoison)
+    gone = PG_head | PG_tail | PG_mlocked | PG_unevictable | PG_has_hwpoisoned
+    kept = np.uint32(~gone & 0xFFFFFFFF) & ~own
     pages.flags[subpages] = pages.flags[head] & kept | pages.flags[subpages] & own
     pages.refcount[subpages] = pages.mapcount[subpages]
+    if pinned is not None:
+        pages.refcount[pinned] += 1
     pages.mapping[subpages] = pages.mapping[head]
     pages.index[subpages] = pages.index[head] + np.arange(HPAGE_PMD_NR)
     pages.memcg[subpages] = pages.memcg[head]
