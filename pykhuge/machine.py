@@ -24,7 +24,7 @@ from pykhuge.mm.page_writeback import finish_io
 from pykhuge.mm.swap import lru_add_drain_all
 from pykhuge.mm.vmstat import Ledger
 from pykhuge.process import Process
-from pykhuge.procfs import vmstat
+from pykhuge.procfs import Procfs, vmstat
 from pykhuge.sysfs import Sysfs
 
 __all__ = ["Machine", "parse_size"]
@@ -110,6 +110,11 @@ class Machine:
     def clock(self) -> Clock:
         """Virtual time since boot."""
         return self.mem.clock
+
+    @property
+    def procfs(self) -> Procfs:
+        """What /proc shows, as files and as numbers."""
+        return Procfs(self.mem)
 
     @property
     def thp(self) -> ThpSettings:

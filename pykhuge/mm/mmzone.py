@@ -190,6 +190,7 @@ class Memory:
         self.commit_limit: int | None = None
         # Pages that one read asks the disk for (VM_READAHEAD_PAGES: 128 KiB), and the most of it.
         self.ra_pages = 32
+        self.num_poisoned_pages = 0
         self.writeback: set[int] = set()  # pages on their way to the disk
         self.io_pages = 320
         self.memcgs = [MemCgroup(0, nr_pages)]
