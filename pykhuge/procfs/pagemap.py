@@ -1,4 +1,4 @@
-"""/proc/pid/pagemap: a word for each page of an address space (pagemap_read, fs/proc/task_mmu.c)."""
+"""/proc/pid/pagemap: a word for each page of an address space (fs/proc/task_mmu.c)."""
 
 from __future__ import annotations
 
@@ -77,7 +77,9 @@ def _present_entries(mem: Memory, words: Ptes) -> Ptes:
     normal = pfns != mem.zero_pfn
     result = pfns.astype(np.uint64) | np.uint64(PM_PRESENT)
     result[words & np.uint64(PAGE_UFFD_WP) != 0] |= np.uint64(PM_UFFD_WP)
-    return result | _page_bits(mem, np.where(huge, pfns & -HPAGE_PMD_NR, pfns), normal, normal & ~huge)
+    return result | _page_bits(
+        mem, np.where(huge, pfns & -HPAGE_PMD_NR, pfns), normal, normal & ~huge
+    )
 
 
 def _swap_entries(mem: Memory, words: Ptes) -> Ptes:
@@ -96,7 +98,7 @@ def _swap_entries(mem: Memory, words: Ptes) -> Ptes:
 def _page_bits(mem: Memory, pfns: Pfns, counted: Bools, of_file: Bools) -> Ptes:
     """PM_MMAP_EXCLUSIVE for pages mapped once, if `counted`; PM_FILE if not anonymous."""
     anon = mem.pages.flags[compound_head(mem.pages, pfns)] & np.uint32(PG_anon) != 0
-    exclusive = counted & (page_mapcounts(mem, pfns) == 1)
-    return np.where(exclusive, np.uint64(PM_MMAP_EXCLUSIVE), np.uint64(0)) | np.where(
-        of_file & ~anon, np.uint64(PM_FILE), np.uint64(0)
-    )
+    result = np.zeros(len(pfns), np.uint64)
+    result[counted & (page_mapcounts(mem, pfns) == 1)] |= np.uint64(PM_MMAP_EXCLUSIVE)
+    result[of_file & ~anon] |= np.uint64(PM_FILE)
+    return result

@@ -31,11 +31,9 @@ def page_words(mem: Memory, mm: Mm, start: int, end: int) -> Iterator[tuple[int,
         pmds = mem.ram.words[mm.pmd_tables[gib], first : (high - base - 1 >> PMD_SHIFT) + 1]
         for place in np.flatnonzero(pmds).tolist():
             addr, pmd = base + (first + place) * HPAGE_PMD_SIZE, int(pmds[place])
-            table = np.uint64(pmd) + _EACH_PAGE if pmd_trans_huge(pmd) else _table(mem, pmd)
+            words = mem.ram.words[pte_pfn(pmd)]
+            if pmd_trans_huge(pmd):
+                words = np.uint64(pmd) + _EACH_PAGE
             from_, to = max(addr, low), min(addr + HPAGE_PMD_SIZE, high)
             skip = pte_index(from_)
-            yield from_, table[skip : skip + (to - from_ >> PAGE_SHIFT)]
-
-
-def _table(mem: Memory, pmd: int) -> Ptes:
-    return mem.ram.words[pte_pfn(pmd)]
+            yield from_, words[skip : skip + (to - from_ >> PAGE_SHIFT)]
