@@ -190,7 +190,6 @@ class Memory:
         self.commit_limit: int | None = None
         # Pages that one read asks the disk for (VM_READAHEAD_PAGES: 128 KiB), and the most of it.
         self.ra_pages = 32
-        self.num_poisoned_pages = 0
         self.writeback: set[int] = set()  # pages on their way to the disk
         self.io_pages = 320
         self.memcgs = [MemCgroup(0, nr_pages)]
@@ -203,6 +202,7 @@ class Memory:
         # Cached huge pages that a collapse has locked, and by whom.
         self.page_locks: dict[int, Task[Any]] = {}
         self.user_pages: list[HeldPages] = []
+        self.num_poisoned_pages = 0
         self.swap = SwapDevice(nr_swap_slots)
         self.thp = ThpSettings()
         self.huge_zero_pfn: int | None = None
