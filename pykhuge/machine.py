@@ -26,7 +26,7 @@ from pykhuge.mm.soft_offline import soft_offline_page
 from pykhuge.mm.swap import lru_add_drain_all
 from pykhuge.mm.vmstat import Ledger
 from pykhuge.process import Process
-from pykhuge.procfs import vmstat
+from pykhuge.procfs import Procfs, vmstat
 from pykhuge.sysfs import Sysfs
 
 __all__ = ["Machine", "parse_size"]
@@ -112,6 +112,11 @@ class Machine:
     def clock(self) -> Clock:
         """Virtual time since boot."""
         return self.mem.clock
+
+    @property
+    def procfs(self) -> Procfs:
+        """What /proc shows, as files and as numbers."""
+        return Procfs(self.mem)
 
     @property
     def thp(self) -> ThpSettings:

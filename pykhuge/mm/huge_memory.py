@@ -92,6 +92,7 @@ def hugepage_vma_check(
     vma: Vma,
     vm_flags: int | None = None,
     *,
+    smaps: bool = False,
     in_pf: bool = False,
     enforce_sysfs: bool = True,
 ) -> bool:
@@ -99,6 +100,7 @@ def hugepage_vma_check(
 
     Args:
         vm_flags: those it is about to get; its own if not given.
+        smaps: asked by /proc/pid/smaps, which needs no anon_vma either.
         in_pf: asked by a page fault, which looks at its own block and needs no anon_vma yet.
         enforce_sysfs: heed `enabled`; MADV_COLLAPSE does not.
     Kernel: hugepage_vma_check (mm/huge_memory.c).
@@ -117,7 +119,7 @@ def hugepage_vma_check(
         return False
     if inode is not None:
         return not in_pf and bool(flags & VM_EXEC) and inode.i_writecount <= 0
-    return in_pf or vma.anon_vma is not None
+    return smaps or in_pf or vma.anon_vma is not None
 
 
 def shmem_is_huge(
