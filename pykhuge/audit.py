@@ -376,6 +376,7 @@ def _see_cache(mem: Memory, mapping: AddressSpace, recount: Recount) -> int:
 def _other_references(mem: Memory, recount: Recount) -> None:
     recount.refer(recount.tables)
     recount.refer(list(mem.swap.cache.values()))
+    recount.refer(sorted(mem.hwpoison.refs))
     for batch in mem.lru_batches:
         recount.refer(batch)
     recount.refer([mem.zero_pfn] + ([mem.huge_zero_pfn] if mem.huge_zero_pfn is not None else []))

@@ -16,15 +16,17 @@ from pykhuge.khugepaged.control import CollapseControl, KhugepagedSettings
 from pykhuge.khugepaged.daemon import Khugepaged
 from pykhuge.khugepaged.scan import khugepaged_scan_block
 from pykhuge.khugepaged.scan_result import ScanResult
-from pykhuge.mm.errors import check_int
+from pykhuge.mm.errors import check_int, os_error
 from pykhuge.mm.filemap import drop_cache
+from pykhuge.mm.memory_failure import memory_failure, unpoison_memory
 from pykhuge.mm.mm_types import MemCgroup, ShmemInode, ShmemSuperBlock
 from pykhuge.mm.mmzone import LOCAL_DISTANCE, REMOTE_DISTANCE, Memory, ThpSettings
 from pykhuge.mm.page_writeback import finish_io
+from pykhuge.mm.soft_offline import soft_offline_page
 from pykhuge.mm.swap import lru_add_drain_all
 from pykhuge.mm.vmstat import Ledger
 from pykhuge.process import Process
-from pykhuge.procfs import vmstat
+from pykhuge.procfs import Procfs, vmstat
 from pykhuge.sysfs import Sysfs
 
 __all__ = ["Machine", "parse_size"]
@@ -112,6 +114,11 @@ class Machine:
         return self.mem.clock
 
     @property
+    def procfs(self) -> Procfs:
+        """What /proc shows, as files and as numbers."""
+        return Procfs(self.mem)
+
+    @property
     def thp(self) -> ThpSettings:
         """/sys/kernel/mm/transparent_hugepage."""
         return self.mem.thp
@@ -136,6 +143,61 @@ class Machine:
     def log(self) -> list[str]:
         """The kernel log."""
         return self.mem.log
+
+    @property
+    def memory_failure_early_kill(self) -> bool:
+        """/proc/sys/vm: tell processes of bad pages at once, unless they have chosen themselves."""
+        return self.mem.hwpoison.early_kill
+
+    @memory_failure_early_kill.setter
+    def memory_failure_early_kill(self, on: bool) -> None:
+        self.mem.hwpoison.early_kill = _check_switch("memory_failure_early_kill", on)
+
+    @property
+    def memory_failure_recovery(self) -> bool:
+        """/proc/sys/vm: False lets a memory failure panic the host."""
+        return self.mem.hwpoison.recovery
+
+    @memory_failure_recovery.setter
+    def memory_failure_recovery(self, on: bool) -> None:
+        self.mem.hwpoison.recovery = _check_switch("memory_failure_recovery", on)
+
+    @steps
+    def memory_failure(self, pfn: int, *, injected: bool = False) -> Steps[None]:
+        """A scrubber, or firmware, has found frame `pfn` bad: it is taken away from everybody.
+
+        Args:
+            injected: by a test (hwpoison-inject), to be undone by `unpoison_memory`.
+        Raises: OSError EBUSY (in a use that cannot be dealt with), EHWPOISON (known already), ENXIO
+        (device memory); KernelPanic with `memory_failure_recovery` off. Kernel: memory_failure.
+        """
+        self._check_pfn(pfn)
+        _raise(f"frame {pfn:#x}", (yield from memory_failure(self.mem, pfn, sw_simulated=injected)))
+
+    @steps
+    def soft_offline_page(self, pfn: int) -> Steps[None]:
+        """Frame `pfn` is about to go bad: what it holds moves elsewhere, it is not used again.
+
+        Raises: OSError EBUSY (somebody else refers to it), EIO (no page that can be moved);
+        KernelPanic if it is poisoned already, for the copy has no recovery.
+        """
+        self._check_pfn(pfn)
+        _raise(f"frame {pfn:#x}", (yield from soft_offline_page(self.mem, pfn)))
+
+    def unpoison_memory(self, pfn: int) -> None:
+        """Undo an injected failure (hwpoison/unpoison-pfn): the frame may be used again.
+
+        Poisoned lines stay: see `mem.poison.unpoison`.
+        Raises: OSError EOPNOTSUPP after a failure that was not injected, EBUSY.
+        """
+        self.check_alive()
+        self._check_pfn(pfn)
+        _raise(f"frame {pfn:#x}", unpoison_memory(self.mem, pfn))
+
+    def _check_pfn(self, pfn: int) -> None:
+        check_int(pfn=pfn)
+        if not 0 <= pfn < self.mem.pages.nr_pages:
+            raise ValueError(f"pfn={pfn}: allowed 0..{self.mem.pages.nr_pages - 1}")
 
     def check_alive(self) -> None:
         """Raises: KernelPanic if the host is dead."""
@@ -261,6 +323,17 @@ class Machine:
         """
         self.check_alive()
         audit.audit(self.mem)
+
+
+def _raise(what: str, number: int) -> None:
+    if number:
+        raise os_error(number, what)
+
+
+def _check_switch(name: str, on: bool) -> bool:
+    if not isinstance(on, bool):
+        raise ValueError(f"{name}={on!r}: allowed False and True")
+    return on
 
 
 def _node_sizes(memory: str | int, nodes: int | Sequence[str | int]) -> list[int]:

@@ -19,18 +19,26 @@ from pykhuge.kernel.sched import Acquire, Release, Steps, Task, steps
 from pykhuge.khugepaged.control import CollapseControl, KhugepagedSettings
 from pykhuge.khugepaged.madvise import madvise_collapse
 from pykhuge.mm import userfaultfd
-from pykhuge.mm.errors import BUS_MCEERR_AR, BusError, SegmentationFault, check_int, os_error
+from pykhuge.mm.errors import (
+    BUS_MCEERR_AR,
+    EHWPOISON,
+    BusError,
+    SegmentationFault,
+    Signal,
+    check_int,
+    os_error,
+)
 from pykhuge.mm.fault import find_vma, handle_mm_fault
 from pykhuge.mm.file_table import get_file, inode_locked, release_file
 from pykhuge.mm.fork import dup_mmap
 from pykhuge.mm.gup import (
-    EHWPOISON,
     LockedPage,
     UserPages,
     follow_page,
     get_user_pages,
     lock_page,
 )
+from pykhuge.mm.memory_failure import memory_failure
 from pykhuge.mm.migrate_device import migrate_to_device
 from pykhuge.mm.mm import (
     change_flags,
@@ -77,6 +85,8 @@ from pykhuge.mm.page_table import (
 )
 from pykhuge.mm.rmap import pmd_of
 from pykhuge.mm.shmem import shmem_file_setup, shmem_undo_range
+from pykhuge.mm.soft_offline import soft_offline_page
+from pykhuge.mm.swap import put_pages
 from pykhuge.mm.vmscan import mark_page_lazyfree_range, pageout_range
 from pykhuge.mm.zap import zap_page_range
 from pykhuge.user_access import UserAccess, check_access
@@ -103,6 +113,8 @@ class Advice(enum.IntEnum):
     MADV_POPULATE_READ = 22
     MADV_POPULATE_WRITE = 23
     MADV_COLLAPSE = 25
+    MADV_HWPOISON = 100
+    MADV_SOFT_OFFLINE = 101
 
 
 # Advice that only changes vm_flags: bits set, bits cleared.
@@ -195,7 +207,7 @@ class Process(UserAccess, FileCalls):
         self.settings = settings
         self.pid = pid
         self.task: Task[Any] = Task(mem.sched, comm, pid, cpu)
-        self.mm = Mm(f"mm:{pid}", mem.rng.getrandbits(32), memcg)
+        self.mm = Mm(f"mm:{pid}", mem.rng.getrandbits(32), memcg, task=self.task)
         mem.mms.append(self.mm)
 
     def check_alive(self) -> None:
@@ -204,6 +216,25 @@ class Process(UserAccess, FileCalls):
             raise self.mem.panic
         if self.mm.mm_users == 0:
             raise os_error(errno.ESRCH, f"process {self.pid} has exited")
+
+    @property
+    def signals(self) -> list[Signal]:
+        """Signals sent to the process that it has not taken yet; take them with `pop`."""
+        return self.mm.signals
+
+    @property
+    def mce_kill(self) -> str:
+        """prctl(PR_MCE_KILL): "early" tells it of bad pages at once, "late" when it touches them.
+
+        "default" leaves that to `Machine.memory_failure_early_kill`.
+        """
+        return self.mm.mce_kill
+
+    @mce_kill.setter
+    def mce_kill(self, policy: str) -> None:
+        if policy not in ("early", "late", "default"):
+            raise ValueError(f"mce_kill={policy!r}: allowed early, late, default")
+        self.mm.mce_kill = policy
 
     @property
     def node(self) -> int:
@@ -348,6 +379,9 @@ class Process(UserAccess, FileCalls):
         if advice in (Advice.MADV_POPULATE_READ, Advice.MADV_POPULATE_WRITE):
             yield from self._populate(addr, end, write=advice is Advice.MADV_POPULATE_WRITE)
             return
+        if advice in (Advice.MADV_HWPOISON, Advice.MADV_SOFT_OFFLINE):
+            yield from self._inject_error(addr, addr + length, advice)
+            return
         if advice is Advice.MADV_REMOVE:
             yield from self._remove(addr, end)
             return
@@ -376,6 +410,29 @@ class Process(UserAccess, FileCalls):
             punch = shmem_undo_range(self.mem, inode, low, low + stop - start, even_cows=False)
             yield from inode_locked(self.mem, inode, punch)
             start = stop
+
+    def _inject_error(self, start: int, end: int, advice: Advice) -> Steps[None]:
+        """Kernel: madvise_inject_error. No machine check: the pages are only said to be bad."""
+        while start < end:
+            held = yield from get_user_pages(self.mem, self.mm, start, 1, pinned=False)
+            pfn, at = int(held.pfns[0]), f"at process virtual address {start:#x}"
+            size = self.mem.pages.compound_nr(self.mem.pages.head_of(pfn)) * PAGE_SIZE
+            held.hand_over()
+            try:
+                if advice is Advice.MADV_SOFT_OFFLINE:
+                    self.mem.printk(f"Soft offlining pfn {pfn:#x} {at}")
+                    error = yield from soft_offline_page(self.mem, pfn, count_increased=True)
+                else:
+                    self.mem.printk(f"Injecting memory failure for pfn {pfn:#x} {at}")
+                    error = yield from memory_failure(
+                        self.mem, pfn, count_increased=True, sw_simulated=True
+                    )
+            except GeneratorExit:
+                put_pages(self.mem, held.pfns)  # a plain call, given up before it began
+                raise
+            if error:
+                raise os_error(error, f"{advice.name} of page {pfn:#x} {at}")
+            start += size
 
     def _populate(self, start: int, end: int, *, write: bool) -> Steps[None]:
         """Kernel: madvise_populate."""

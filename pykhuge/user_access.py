@@ -11,9 +11,10 @@ import numpy.typing as npt
 from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.hw.poison import LINE_SHIFT
 from pykhuge.kernel.sched import Steps, Task, steps
-from pykhuge.mm.errors import BUS_MCEERR_AR, BusError, SegmentationFault, check_int
+from pykhuge.mm.errors import BUS_MCEERR_AR, SI_KERNEL, BusError, SegmentationFault, check_int
 from pykhuge.mm.fault import access_vma, find_vma, handle_mm_fault
 from pykhuge.mm.gup import follow_page
+from pykhuge.mm.memory_failure import memory_failure
 from pykhuge.mm.mm_types import (
     VM_EXEC,
     VM_READ,
@@ -57,14 +58,23 @@ class UserAccess:
         check_access(addr, length)
         parts: list[bytes] = []
         for low, high in _by_block(addr, addr + length):
+            parts.append((yield from self._load(low, high)))
+        return b"".join(parts)
+
+    def _load(self, low: int, high: int) -> Steps[bytes]:
+        while True:
             try:
                 pfns = yield from self._pages_for(low, high, write=False)
             except Exception:
-                self._check_poison_up_to(low, high)
-                raise
-            self._check_poison(pfns, low, high)
-            parts.append(_gather(self.mem, pfns, low, high))
-        return b"".join(parts)
+                # What faults may have met poison before, in the pages that were there.
+                bad = self._first_poison_up_to(low, high)
+                if bad is None:
+                    raise
+            else:
+                bad = self._first_poison(pfns, low, high)
+                if bad == high:
+                    return _gather(self.mem, pfns, low, high)
+            yield from self._machine_check(bad)
 
     @steps
     def write(self, addr: int, data: bytes | bytearray | memoryview) -> Steps[None]:
@@ -76,30 +86,41 @@ class UserAccess:
         source = np.frombuffer(data, np.uint8)
         check_access(addr, len(source))
         for low, high in _by_block(addr, addr + len(source)):
+            yield from self._store(addr, low, high, source)
+
+    def _store(self, addr: int, low: int, high: int, source: npt.NDArray[np.uint8]) -> Steps[None]:
+        """Write [low, high), in one block, of what goes to `addr`."""
+        while low < high:
             try:
                 pfns = yield from self._pages_for(low, high, write=True)
-            except BaseException:
+            except BaseException as error:
                 # The pages below the one that cannot be had were written before anybody knew; also
                 # where the task would have to wait (GeneratorExit).
-                self._store(addr, low, self._writable_up_to(low, high), source)
-                raise
-            self._store_pages(pfns, addr, low, high, source)
+                stop = self._writable_up_to(low, high)
+                pfns = self._writable_pages(low, stop)
+                good = self._store_good(pfns, addr, low, stop, source)
+                if good == stop or isinstance(error, GeneratorExit):
+                    raise
+            else:
+                good = self._store_good(pfns, addr, low, high, source)
+            if good < high:
+                yield from self._machine_check(good)
+            low = good
 
-    def _store(self, addr: int, low: int, high: int, source: npt.NDArray[np.uint8]) -> None:
-        if low < high:
-            pages = range(low & -PAGE_SIZE, high, PAGE_SIZE)
-            pfns = [follow_page(self.mem, self.mm, page) for page in pages]
-            self._store_pages(np.array(pfns, np.int64), addr, low, high, source)
+    def _writable_pages(self, low: int, high: int) -> Pfns:
+        pages = range(low & -PAGE_SIZE, high, PAGE_SIZE) if low < high else ()
+        return np.array([follow_page(self.mem, self.mm, page) for page in pages], np.int64)
 
-    def _store_pages(
+    def _store_good(
         self, pfns: Pfns, addr: int, low: int, high: int, source: npt.NDArray[np.uint8]
-    ) -> None:
-        """Write [low, high) of what goes to `addr`, up to the first poisoned line."""
+    ) -> int:
+        """Write [low, high) of what goes to `addr`, up to the first bad line, which it returns."""
+        if low >= high:
+            return high
         good = self._first_poison(pfns, low, high)
         nr = (good - 1 >> PAGE_SHIFT) - (low >> PAGE_SHIFT) + 1
         _scatter(self.mem, pfns[:nr], low, good, source[low - addr : good - addr])
-        if good < high:
-            self._bus_error(good)
+        return good
 
     def _writable_up_to(self, low: int, high: int) -> int:
         """The first address of [low, high) whose page is not there for writing."""
@@ -152,34 +173,45 @@ class UserAccess:
                     return max(start, low)
         return high
 
-    def _check_poison_up_to(self, low: int, high: int) -> None:
-        """A load that faults may have met poison before, in the pages that were there."""
+    def _first_poison_up_to(self, low: int, high: int) -> int | None:
+        """The lowest poisoned address of [low, high) below the first page that cannot be read."""
         for page in range(low & -PAGE_SIZE, high, PAGE_SIZE):
             vma, pfn = find_vma(self.mm, page), follow_page(self.mem, self.mm, page)
             readable = vma is not None and vma.vm_flags & (VM_READ | VM_WRITE | VM_EXEC)
             if vma is None or vma.vm_start > page or not readable or pfn is None:
-                return
-            self._check_poison(np.array([pfn]), max(low, page), min(high, page + PAGE_SIZE))
+                break
+            stop = min(high, page + PAGE_SIZE)
+            bad = self._first_poison(np.array([pfn]), max(low, page), stop)
+            if bad < stop:
+                return bad
+        return None
 
-    def _check_poison(self, pfns: Pfns, low: int, high: int) -> None:
-        addr = self._first_poison(pfns, low, high)
-        if addr < high:
-            self._bus_error(addr)
+    def _machine_check(self, addr: int) -> Steps[None]:
+        """The task has touched a poisoned line: the kernel takes the page away (kill_me_maybe).
 
-    def _bus_error(self, addr: int) -> None:
-        """The machine check of a user load or store: the task gets SIGBUS, the host lives."""
-        pfn = follow_page(self.mem, self.mm, addr)
+        Where the page could be dropped and will be read again, the task goes on.
+        Raises: BusError.
+        """
+        mem, mm = self.mem, self.mm
+        pfn = follow_page(mem, mm, addr)
         assert pfn is not None
-        line = (addr % PAGE_SIZE) >> LINE_SHIFT
-        mce = self.mem.poison.machine_check(
+        mce = mem.poison.machine_check(
             pfn,
-            line,
+            (addr % PAGE_SIZE) >> LINE_SHIFT,
             cpu=self.task.cpu,
             consumer=f"user access of {self.task.comm}",
             recovered=True,
         )
-        self.mem.printk(str(mce))
-        raise BusError(addr & -PAGE_SIZE, BUS_MCEERR_AR, PAGE_SHIFT)
+        mem.log_machine_check(mce)
+        mem.printk(f"mce: Uncorrected hardware memory error in user-access at {mce.addr:x}")
+        result = yield from memory_failure(mem, pfn, current=mm)
+        for each in mm.signals:
+            if each.si_code == BUS_MCEERR_AR:
+                mm.signals.remove(each)
+                raise BusError(each.si_addr, each.si_code, each.si_addr_lsb)
+        if result:
+            mem.printk("mce: Memory error not recovered")
+            raise BusError(0, SI_KERNEL)
 
 
 def check_access(addr: int, length: int) -> None:

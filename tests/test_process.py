@@ -153,9 +153,13 @@ def test_pin_of_nothing_holds_nothing(process: Process) -> None:
     assert process.mem.user_pages == []
 
 
+LOW, HIGH = 7 * PAGE + 128, 7 * PAGE + 192
+
+
+@pytest.mark.parametrize(("offset", "length"), [(LOW, 1), (HIGH - 1, 1), (LOW - 1, 2), (0, HPAGE)])
 @pytest.mark.parametrize("huge", [False, True])
-def test_poison_is_by_line(process: Process, huge: bool) -> None:
-    """Reads that do not touch the bad line succeed; those that do are SIGBUS for its page."""
+def test_poison_is_by_line(process: Process, huge: bool, offset: int, length: int) -> None:
+    """Reads that do not touch the bad line succeed; the first that does is SIGBUS for its page."""
     addr = advised(process)
     if huge:
         process.write(addr, block_bytes())
@@ -163,14 +167,17 @@ def test_poison_is_by_line(process: Process, huge: bool) -> None:
         fill(process, addr)
     process.poison(addr + 7 * PAGE + 130)  # line 2
     content = block_bytes()
-    low, high = 7 * PAGE + 128, 7 * PAGE + 192
-    assert process.read(addr, low) == content[:low]
-    assert process.read(addr + high, HPAGE - high) == content[high:]
-    for offset, length in ((low, 1), (high - 1, 1), (low - 1, 2), (0, HPAGE)):
-        with pytest.raises(BusError) as raised:
-            process.read(addr + offset, length)
-        error = raised.value
-        assert (error.address, error.code, error.lsb) == (addr + 7 * PAGE, 4, 12)
+    assert process.read(addr, LOW) == content[:LOW]
+    assert process.read(addr + HIGH, HPAGE - HIGH) == content[HIGH:]
+    with pytest.raises(BusError) as raised:
+        process.read(addr + offset, length)
+    error = raised.value
+    assert (error.address, error.code, error.lsb) == (addr + 7 * PAGE, 4, 12)
+    # The page is gone; the rest of a huge page is not.
+    with pytest.raises(BusError) as raised:
+        process.read(addr, HPAGE)
+    assert (raised.value.address, raised.value.code) == (addr + 7 * PAGE, 4)
+    assert process.read(addr + 8 * PAGE, HPAGE - 8 * PAGE) == content[8 * PAGE :]
 
 
 @pytest.mark.parametrize("advice", [Advice.MADV_POPULATE_READ, Advice.MADV_POPULATE_WRITE])

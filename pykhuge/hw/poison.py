@@ -18,6 +18,13 @@ __all__ = ["LINES_PER_PAGE", "LINE_SHIFT", "Mce", "Poison"]
 
 LINE_SHIFT = 6
 LINES_PER_PAGE = 64
+# An uncorrected error met by a data load, recoverable by software (SRAR, data load), as a processor
+# with RIPV, EIPV and MCIP set reports it from the bank of its data cache; a physical address, with
+# LINE_SHIFT bits that do not count.
+MCG_STATUS = 0x7
+BANK = 1
+MCI_STATUS = 0xBD80_0000_0010_0134
+MCI_MISC = 0x80 | LINE_SHIFT
 
 
 class Mce(NamedTuple):
@@ -42,11 +49,16 @@ class Mce(NamedTuple):
         """Which of the frame's 64 lines is bad."""
         return (self.addr >> LINE_SHIFT) % LINES_PER_PAGE
 
-    def __str__(self) -> str:
-        return (
-            f"mce: [Hardware Error]: CPU {self.cpu}: Machine Check Exception, uncorrected data load"
-            f" at ADDR {self.addr:#x} MISC {LINE_SHIFT:#x} in {self.consumer}"
-        )
+    def lines(self) -> list[str]:
+        """What print_mce() logs of it."""
+        error = "mce: [Hardware Error]: "
+        seconds = self.now_ns // 1_000_000_000
+        return [
+            f"{error}CPU {self.cpu}: Machine Check Exception: {MCG_STATUS:x}"
+            f" Bank {BANK}: {MCI_STATUS:016x}",
+            f"{error}TSC {self.now_ns:x} ADDR {self.addr:x} MISC {MCI_MISC:x} ",
+            f"{error}PROCESSOR 0:0 TIME {seconds} SOCKET 0 APIC {self.cpu:x} microcode 0",
+        ]
 
 
 class Poison:

@@ -43,9 +43,9 @@ def copy_mc_pages(
         consumer=consumer,
         recovered=recovery,
     )
-    mem.printk(str(mce))
+    mem.log_machine_check(mce)
     if not recovery:
-        raise mem.die("Fatal local machine check")
+        raise mem.die_of_machine_check()
     return mce
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import operator
 import os
+from typing import NamedTuple
 
 from pykhuge.kernel.sched import WouldBlock
 
 __all__ = [
     "BUS_ADRERR",
+    "BUS_MCEERR_AO",
     "BUS_MCEERR_AR",
+    "EHWPOISON",
+    "SI_KERNEL",
     "BusError",
     "PageLocked",
     "SegmentationFault",
+    "Signal",
     "UserFault",
     "check_int",
     "os_error",
@@ -26,6 +31,24 @@ def os_error(number: int, text: str) -> OSError:
 
 BUS_ADRERR = 2
 BUS_MCEERR_AR = 4
+BUS_MCEERR_AO = 5
+SI_KERNEL = 128
+EHWPOISON = 133  # the errno module has no name for it
+_SI_CODES = {
+    BUS_ADRERR: "BUS_ADRERR",
+    BUS_MCEERR_AR: "BUS_MCEERR_AR",
+    BUS_MCEERR_AO: "BUS_MCEERR_AO",
+    SI_KERNEL: "SI_KERNEL",
+}
+
+
+class Signal(NamedTuple):
+    """A signal that waits for a process, with the fields of its siginfo."""
+
+    signo: int
+    si_code: int
+    si_addr: int
+    si_addr_lsb: int
 
 
 def check_int(**values: object) -> None:
@@ -44,8 +67,7 @@ class BusError(Exception):
         self.address = address
         self.code = code
         self.lsb = lsb
-        name = {BUS_ADRERR: "BUS_ADRERR", BUS_MCEERR_AR: "BUS_MCEERR_AR"}[code]
-        super().__init__(f"SIGBUS {name} at {address:#x}, lsb {lsb}")
+        super().__init__(f"SIGBUS {_SI_CODES[code]} at {address:#x}, lsb {lsb}")
 
 
 class SegmentationFault(Exception):

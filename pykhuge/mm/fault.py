@@ -34,6 +34,7 @@ from pykhuge.mm.huge_memory import (
     split_huge_pmd,
     transhuge_vma_suitable,
 )
+from pykhuge.mm.memory_failure import memory_failure_queue, memory_failure_work
 from pykhuge.mm.mm_slot import khugepaged_enter_vma
 from pykhuge.mm.mm_types import (
     VM_EXEC,
@@ -51,6 +52,7 @@ from pykhuge.mm.new_pages import VM_PAGE_PROT, map_new_pages, new_user_pages, pt
 from pykhuge.mm.page import (
     PG_anon,
     PG_anon_exclusive,
+    PG_hwpoison,
     PG_locked,
     PG_lru,
     PG_mlocked,
@@ -175,6 +177,8 @@ def handle_mm_fault(mem: Memory, mm: Mm, start: int, end: int, *, write: bool) -
     except BaseException:
         if locked_mm:
             mm.mmap_lock.unlock(mem.sched.current)
+        if mem.hwpoison.queue:
+            memory_failure_work(mem)
         raise
     yield Release(mm.mmap_lock)
 
@@ -371,6 +375,9 @@ def do_swap_page(
     pfn = _get_swap_page(mem, vma, addr, entry)
     if pfn is None:
         return SwapFault.RETRY
+    if pages.flags[pfn] & PG_hwpoison:
+        put_pages(mem, np.array([pfn]))
+        return SwapFault.HWPOISON
     if not pages.flags[pfn] & PG_uptodate:
         put_pages(mem, np.array([pfn]))
         return SwapFault.SIGBUS
@@ -481,9 +488,12 @@ def _wp_can_reuse(mem: Memory, vma: Vma, pfn: int) -> bool:
 def _copy_mc_user_page(mem: Memory, addr: int, pfn: int, new: int) -> None:
     """Copy one page for copy-on-write; poison kills the task, not the host (since 6.2).
 
+    The page is taken away from everybody soon after.
+
     Kernel: __wp_page_copy_user.
     """
     if copy_mc_page(mem, new, pfn, consumer="__wp_page_copy_user") is None:
         return
+    memory_failure_queue(mem, pfn)
     put_pages(mem, np.array([new]))
     raise BusError(addr, BUS_MCEERR_AR, PAGE_SHIFT)

@@ -13,7 +13,7 @@ import numpy as np
 
 from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.mm.copy_mc import copy_mc_page
-from pykhuge.mm.errors import BUS_ADRERR, BusError, PageLocked, UserFault
+from pykhuge.mm.errors import BUS_ADRERR, BUS_MCEERR_AR, BusError, PageLocked, UserFault
 from pykhuge.mm.huge_memory import OutOfMemory, shmem_is_huge, transhuge_vma_suitable
 from pykhuge.mm.mm_types import (
     VM_HUGEPAGE,
@@ -26,7 +26,14 @@ from pykhuge.mm.mm_types import (
 )
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.new_pages import VM_PAGE_PROT, map_new_pages, new_user_pages, pmd_table
-from pykhuge.mm.page import Pfns, PG_locked, PG_uptodate, compound_head
+from pykhuge.mm.page import (
+    Pfns,
+    PG_has_hwpoisoned,
+    PG_hwpoison,
+    PG_locked,
+    PG_uptodate,
+    compound_head,
+)
 from pykhuge.mm.page_table import (
     PAGE_DIRTY,
     PAGE_PSE,
@@ -70,6 +77,8 @@ def do_set_pmd(mem: Memory, vma: Vma, haddr: int, head: int, *, write: bool) -> 
     False, and nothing happens, if the VMA is not suitable or the PMD is not none.
     """
     if not transhuge_vma_suitable(vma, haddr) or pmd_of(mem, vma.mm, haddr):
+        return False
+    if mem.pages.flags[head] & PG_has_hwpoisoned:
         return False
     pmd_table(mem, vma.mm, haddr)
     prot = _vm_page_prot(vma) | PAGE_PSE
@@ -181,7 +190,8 @@ def _cached(mem: Memory, vma: Vma, index: int, nr: int) -> Pfns:
             found[low - index : high - index] = part
     found[found < 0] = 0
     flags = mem.pages.flags[compound_head(mem.pages, found)]
-    found[flags & np.uint32(PG_locked | PG_uptodate) != PG_uptodate] = 0
+    flags |= mem.pages.flags[found] & np.uint32(PG_hwpoison)
+    found[flags & np.uint32(PG_locked | PG_uptodate | PG_hwpoison) != PG_uptodate] = 0
     return found
 
 
@@ -197,6 +207,7 @@ def _map_run(
         pages = _get_pages(mem, vma, index, nr)
     elif not pages.all():
         pages = pages[: int((pages == 0).argmax())]
+    _check_hwpoison(mem, addr, pages)
     map_file_pages(mem, vma, ptes, np.arange(place, place + len(pages)), pages, write=write)
     return len(pages)
 
@@ -223,6 +234,12 @@ def _get_pages(mem: Memory, vma: Vma, index: int, nr: int) -> Pfns:
     )
     assert page_or_none is not None
     return np.array([page_or_none])
+
+
+def _check_hwpoison(mem: Memory, addr: int, pages: Pfns) -> None:
+    """A page known to be bad is not mapped again. Raises: BusError."""
+    if mem.pages.flags[pages[0]] & PG_hwpoison:
+        raise BusError(addr, BUS_MCEERR_AR, PAGE_SHIFT)
 
 
 def _read_around(vma: Vma, index: int, ra_pages: int) -> range:
@@ -265,6 +282,7 @@ def _do_cow_fault(mem: Memory, vma: Vma, addr: int, ptes: Ptes, place: int) -> i
     source = _cached(mem, vma, index, 1)
     if source[0] == 0:
         source = _get_pages(mem, vma, index, 1)
+    _check_hwpoison(mem, addr, source)
     new = new_user_pages(mem, vma, 1)
     if not len(new):
         raise OutOfMemory(f"no page for a copy of {addr:#x} of {vma.mm.name}")

@@ -24,7 +24,9 @@ from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import (
     Pfns,
     PG_dirty,
+    PG_has_hwpoisoned,
     PG_head,
+    PG_hwpoison,
     PG_locked,
     PG_mlocked,
     PG_private,
@@ -211,15 +213,19 @@ def filemap_release_pages(mem: Memory, pfns: Pfns) -> None:
     mem.pages.refcount[private] -= 1
 
 
-def split_huge_file_page(mem: Memory, mapping: AddressSpace, head: int) -> bool:
+def split_huge_file_page(
+    mem: Memory, mapping: AddressSpace, head: int, *, pinned: int | None = None
+) -> bool:
     """split_huge_page() of a cached huge page: 512 small ones in its place, mapped by nobody.
 
     Pages behind the end of the file leave the cache. False if somebody else refers to it.
+
+    Args:
+        pinned: subpage to which the caller has a reference, which it keeps.
     """
     pages, index = mem.pages, int(mem.pages.index[head])
-    if pages.flags[head] & PG_locked or pages.refcount[head] != HPAGE_PMD_NR + pages.total_mapcount(
-        head
-    ):
+    expected = HPAGE_PMD_NR + pages.total_mapcount(head) + (pinned is not None)
+    if pages.flags[head] & PG_locked or pages.refcount[head] != expected:
         mem.vmstat.count(THP_SPLIT_PAGE_FAILED)
         return False
     for vma in mapping.i_mmap:
@@ -234,10 +240,12 @@ def split_huge_file_page(mem: Memory, mapping: AddressSpace, head: int) -> bool:
     mem.mod_page(NR_SHMEM_THPS if shmem else NR_FILE_THPS, head, -HPAGE_PMD_NR)
     if not shmem:
         mod_nr_thps(mem, mapping, -1)
-    pages.flags[subpages] = pages.flags[head] & np.uint32(
-        ~(PG_head | PG_tail | PG_mlocked | PG_unevictable) & 0xFFFFFFFF
-    )
+    gone = PG_head | PG_tail | PG_mlocked | PG_unevictable | PG_has_hwpoisoned | PG_hwpoison
+    own = pages.flags[subpages] & np.uint32(PG_hwpoison)
+    pages.flags[subpages] = pages.flags[head] & np.uint32(~gone & 0xFFFFFFFF) | own
     pages.refcount[subpages] = 1
+    if pinned is not None:
+        pages.refcount[pinned] += 1
     pages.mapping[subpages] = mapping.key
     indexes = pages.index[subpages] = index + np.arange(HPAGE_PMD_NR)
     pages.memcg[subpages] = pages.memcg[head]

@@ -40,7 +40,6 @@ from pykhuge.mm.page_table import (
     PAGE_SWP_UFFD_WP,
     PAGE_UFFD_WP,
     PAGE_USER,
-    SWP_PTE_MARKER,
     SWP_TYPE_SHIFT,
     U_PRESENT,
     Ptes,
@@ -143,15 +142,16 @@ def _copy_pte_range(mem: Memory, vma: Vma, copy: Vma, low: int, high: int) -> No
         return
     first = pte_index(low)
     target = mem.ram.words[pte_table(mem, copy.mm, low), first : first + len(source)]
-    markers = is_swap_ptes(source) & (source >> np.uint64(SWP_TYPE_SHIFT) == SWP_PTE_MARKER)
-    swapped = is_swap_ptes(source) & ~markers
+    kinds = source >> np.uint64(SWP_TYPE_SHIFT)
+    swapped = is_swap_ptes(source) & (kinds == 0)
+    # Lost pages, known by memory_failure or said so by UFFDIO_POISON.
+    poisoned = is_swap_ptes(source) & (kinds != 0) & (source != MARKER_UFFD_WP)
+    target[poisoned] = source[poisoned]
     source[swapped] &= np.uint64(~PAGE_SWP_EXCLUSIVE & (1 << 64) - 1)
     target[swapped] = source[swapped] & ~np.uint64(PAGE_SWP_UFFD_WP)
     for slot in swap_slots(source[swapped]):
         swap_duplicate(mem, slot)
     mem.mod_mm(copy.mm, MM_SWAPENTS, int(np.count_nonzero(swapped)))
-    poisoned = markers & (source != MARKER_UFFD_WP)
-    target[poisoned] = source[poisoned]
 
     present = np.flatnonzero(source & U_PRESENT)
     zero = present[pte_pfns(source[present]) == mem.zero_pfn]

@@ -8,7 +8,7 @@ import numpy as np
 
 from pykhuge.hw.memory import PAGE_SIZE
 from pykhuge.kernel.sched import Steps, WouldBlock
-from pykhuge.mm.errors import BUS_MCEERR_AR, BusError, SegmentationFault, os_error
+from pykhuge.mm.errors import BUS_MCEERR_AR, EHWPOISON, BusError, SegmentationFault, os_error
 from pykhuge.mm.fault import access_vma, handle_mm_fault
 from pykhuge.mm.mm_types import MMF_HAS_PINNED, Mm
 from pykhuge.mm.mmzone import Memory
@@ -17,10 +17,7 @@ from pykhuge.mm.page_table import PAGE_PRESENT, PAGE_RW, pmd_trans_huge, pte_ind
 from pykhuge.mm.rmap import pmd_of
 from pykhuge.mm.swap import put_pages
 
-EHWPOISON = 133  # the errno module has no name for it
-
 __all__ = [
-    "EHWPOISON",
     "LockedPage",
     "UserPages",
     "follow_page",
@@ -57,6 +54,11 @@ class UserPages:
         pfns, times = np.unique(compound_head(self._mem.pages, self.pfns), return_counts=True)
         self._mem.pages.refcount[pfns] -= times - 1
         put_pages(self._mem, pfns)
+
+    def hand_over(self) -> None:
+        """The references are somebody else's from now on."""
+        self.released = True
+        self._mem.user_pages.remove(self)
 
 
 class LockedPage(UserPages):

@@ -20,7 +20,9 @@ from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import (
     Pfns,
     PG_anon_exclusive,
+    PG_has_hwpoisoned,
     PG_head,
+    PG_hwpoison,
     PG_locked,
     PG_mlocked,
     PG_table,
@@ -90,6 +92,7 @@ def hugepage_vma_check(
     vma: Vma,
     vm_flags: int | None = None,
     *,
+    smaps: bool = False,
     in_pf: bool = False,
     enforce_sysfs: bool = True,
 ) -> bool:
@@ -97,6 +100,7 @@ def hugepage_vma_check(
 
     Args:
         vm_flags: those it is about to get; its own if not given.
+        smaps: asked by /proc/pid/smaps, which needs no anon_vma either.
         in_pf: asked by a page fault, which looks at its own block and needs no anon_vma yet.
         enforce_sysfs: heed `enabled`; MADV_COLLAPSE does not.
     Kernel: hugepage_vma_check (mm/huge_memory.c).
@@ -115,7 +119,7 @@ def hugepage_vma_check(
         return False
     if inode is not None:
         return not in_pf and bool(flags & VM_EXEC) and inode.i_writecount <= 0
-    return in_pf or vma.anon_vma is not None
+    return smaps or in_pf or vma.anon_vma is not None
 
 
 def shmem_is_huge(
@@ -263,13 +267,15 @@ def _split_pmd_of_page(mem: Memory, head: int, table: int, pmd: int) -> None:
     pages.mapcount[subpages] += 1
 
 
-def split_huge_page(mem: Memory, head: int) -> bool:
+def split_huge_page(mem: Memory, head: int, *, pinned: int | None = None) -> bool:
     """Make 512 base pages of one compound page. Refused while anything but mappings refers to it.
 
+    Args:
+        pinned: subpage to which the caller has a reference, which it keeps.
     Kernel: split_huge_page_to_list. Returns: whether it was split.
     """
-    pages = mem.pages
-    if pages.flags[head] & PG_locked or pages.refcount[head] != pages.total_mapcount(head):
+    pages, pins = mem.pages, int(pinned is not None)
+    if pages.flags[head] & PG_locked or pages.refcount[head] != pages.total_mapcount(head) + pins:
         mem.vmstat.count(THP_SPLIT_PAGE_FAILED)
         return False
     for mapping in list(page_mappings(mem, head)):
@@ -277,12 +283,13 @@ def split_huge_page(mem: Memory, head: int) -> bool:
             split_huge_pmd(mem, mapping.vma, mapping.addr)
     mem.vmstat.count(THP_SPLIT_PAGE)
     subpages = np.arange(head, head + HPAGE_PMD_NR)
-    kept = np.uint32(
-        ~(PG_head | PG_tail | PG_mlocked | PG_unevictable | PG_anon_exclusive) & 0xFFFFFFFF
-    )
-    own = np.uint32(PG_anon_exclusive)
+    own = np.uint32(PG_anon_exclusive | PG_hwpoison)
+    gone = PG_head | PG_tail | PG_mlocked | PG_unevictable | PG_has_hwpoisoned
+    kept = np.uint32(~gone & 0xFFFFFFFF) & ~own
     pages.flags[subpages] = pages.flags[head] & kept | pages.flags[subpages] & own
     pages.refcount[subpages] = pages.mapcount[subpages]
+    if pinned is not None:
+        pages.refcount[pinned] += 1
     pages.mapping[subpages] = pages.mapping[head]
     pages.index[subpages] = pages.index[head] + np.arange(HPAGE_PMD_NR)
     pages.memcg[subpages] = pages.memcg[head]

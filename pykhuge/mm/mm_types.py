@@ -5,10 +5,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from pykhuge.hw.memory import PAGE_SHIFT
 from pykhuge.kernel.locking import Rank, RwSem, Spinlock
+from pykhuge.kernel.sched import Task
+from pykhuge.mm.errors import Signal
 from pykhuge.mm.xarray import XArray
 
 __all__ = [
@@ -294,6 +296,7 @@ class Mm:
     tlb_gen: how often a collapse has flushed its TLBs.
     mm_slot: its place in the daemon's list, once it is registered (MMF_VM_HUGEPAGE).
     files: open files.
+    signals: those that wait for the process. mce_kill: "early", "late" or "default" (PR_MCE_KILL).
     """
 
     name: str
@@ -313,6 +316,9 @@ class Mm:
     mmu_notifiers: list[MmuNotifier] = field(default_factory=list)
     tlb_gen: int = 0
     mm_slot: MmSlot | None = None
+    task: Task[Any] | None = None
+    signals: list[Signal] = field(default_factory=list)
+    mce_kill: str = "default"
     files: list[File] = field(default_factory=list)
     mmap_base: int = 0x7F00_0000_0000
 

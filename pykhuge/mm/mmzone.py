@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from pykhuge._native import PteScanner
 from pykhuge.hw.memory import HPAGE_PMD_NR, PhysicalMemory, lazy_zeros
-from pykhuge.hw.poison import Poison
+from pykhuge.hw.poison import Mce, Poison
 from pykhuge.kernel.clock import Clock
 from pykhuge.kernel.panic import KernelPanic
 from pykhuge.kernel.sched import Sched, Task
@@ -48,6 +48,7 @@ class Node:
 
     used: int16 by 2 MiB block, frames of it that are not free.
     high: blocks from this one on have never been used; searches end there.
+    memory_failure: how they ended (/sys/devices/system/node/node*/memory_failure).
     """
 
     def __init__(self, nid: int, start_pfn: int, end_pfn: int) -> None:
@@ -57,6 +58,9 @@ class Node:
         self.nr_blocks = (end_pfn - start_pfn) // HPAGE_PMD_NR
         self.used: npt.NDArray[np.int16] = lazy_zeros(self.nr_blocks, np.int16)  # type: ignore[assignment]
         self.high = 0
+        self.memory_failure = dict.fromkeys(
+            ("total", "ignored", "failed", "delayed", "recovered"), 0
+        )
 
 
 @dataclass
@@ -82,6 +86,21 @@ class SwapDevice:
     def vm_swap_full(self) -> bool:
         """More than half of the slots are in use: cached copies are given up early."""
         return len(self.swap_map) * 2 > self.nr_slots
+
+
+@dataclass
+class HwPoison:
+    """What memory_failure keeps.
+
+    refs: bad pages that it holds by a reference, for good. queue: pages it has still to deal with.
+    hw_memory_failure: it was not always injected. early_kill, recovery: /proc/sys/vm.
+    """
+
+    refs: set[int] = field(default_factory=set)
+    queue: list[int] = field(default_factory=list)
+    hw_memory_failure: bool = False
+    early_kill: bool = False
+    recovery: bool = True
 
 
 @dataclass
@@ -168,13 +187,8 @@ class Memory:
         self.poison = Poison(nr_pages, self.clock)
         self.pages = Pages(nr_pages)
         self.vmstat = VmStat(len(nr_pages_by_node))
-        self.nodes: list[Node] = []
-        start = 0
-        for nid, nr in enumerate(nr_pages_by_node):
-            self.nodes.append(Node(nid, start, start + nr))
-            self.vmstat.mod_node(NR_FREE_PAGES, nr, nid)
-            start += nr
-        self.device_start = start
+        self.nodes = self._new_nodes(nr_pages_by_node)
+        self.device_start = self.nodes[-1].end_pfn
         self.distances = distances
         self.node_reclaim_mode = 0
 
@@ -202,12 +216,30 @@ class Memory:
         # Cached huge pages that a collapse has locked, and by whom.
         self.page_locks: dict[int, Task[Any]] = {}
         self.user_pages: list[HeldPages] = []
+        self.hwpoison = HwPoison()
+        self.num_poisoned_pages = 0
         self.swap = SwapDevice(nr_swap_slots)
         self.thp = ThpSettings()
         self.huge_zero_pfn: int | None = None
 
         self.zero_pfn = 0
-        self.pte_scanner = PteScanner(
+        self.pte_scanner = self._new_pte_scanner()
+        self.nodes[0].used[0] = self.nodes[0].high = 1
+        self.pages.refcount[0] = 1
+        self.pages.flags[0] = PG_reserved | PG_uptodate
+        self.vmstat.mod_node(NR_FREE_PAGES, -1, 0)
+
+    def _new_nodes(self, nr_pages_by_node: list[int]) -> list[Node]:
+        nodes: list[Node] = []
+        start = 0
+        for nid, nr in enumerate(nr_pages_by_node):
+            nodes.append(Node(nid, start, start + nr))
+            self.vmstat.mod_node(NR_FREE_PAGES, nr, nid)
+            start += nr
+        return nodes
+
+    def _new_pte_scanner(self) -> PteScanner:
+        return PteScanner(
             tables=self.ram.address,
             flags=self.pages.flags.ctypes.data,
             refcount=self.pages.refcount.ctypes.data,
@@ -215,12 +247,8 @@ class Memory:
             entire_mapcount=self.pages.entire_mapcount.ctypes.data,
             zero_pfn=self.zero_pfn,
             node_ends=[node.end_pfn for node in self.nodes],
-            distances=distances,
+            distances=self.distances,
         )
-        self.nodes[0].used[0] = self.nodes[0].high = 1
-        self.pages.refcount[0] = 1
-        self.pages.flags[0] = PG_reserved | PG_uptodate
-        self.vmstat.mod_node(NR_FREE_PAGES, -1, 0)
 
     def new_address_space(self, inode: Inode) -> AddressSpace:
         """Give `inode` a page cache of its own."""
@@ -267,6 +295,18 @@ class Memory:
         """Add a line to the kernel log, with its time."""
         seconds, nsec = divmod(self.clock.tick(), 1_000_000_000)
         self.log.append(f"[{seconds:5d}.{nsec // 1000:06d}] {line}")
+
+    def log_machine_check(self, mce: Mce) -> None:
+        """print_mce(): what the log shows of a machine check."""
+        for line in mce.lines():
+            self.printk(line)
+
+    def die_of_machine_check(self) -> KernelPanic:
+        """mce_panic(): the kernel itself has loaded the bad line, where it cannot recover."""
+        self.printk(
+            "mce: [Hardware Error]: Machine check: Data load in unrecoverable area of kernel"
+        )
+        return self.die("Fatal local machine check")
 
     def die(self, reason: str) -> KernelPanic:
         """panic(): the host is dead from here on. Returns the exception to raise."""

@@ -22,7 +22,9 @@ __all__ = [
     "PG_anon_exclusive",
     "PG_dirty",
     "PG_frozen",
+    "PG_has_hwpoisoned",
     "PG_head",
+    "PG_hwpoison",
     "PG_in_flight",
     "PG_isolated",
     "PG_locked",
@@ -75,6 +77,10 @@ PG_isolated = 1 << 24
 PG_in_flight = 1 << 25
 # page_ref_freeze(): a small page that collapse_file has taken out of the page cache, refcount 0.
 PG_frozen = 1 << 26
+
+# The frame is bad, and known to be; and, on the head, that one of its subpages is.
+PG_hwpoison = 1 << 27
+PG_has_hwpoisoned = 1 << 28
 
 # What a pin (FOLL_PIN) adds to the refcount of a page that is not compound.
 GUP_PIN_COUNTING_BIAS = 1024

@@ -17,7 +17,7 @@ from pykhuge.hw.memory import HPAGE_PMD_NR
 from pykhuge.kernel.panic import KernelBug
 from pykhuge.mm.mm_types import MemCgroup
 from pykhuge.mm.mmzone import Memory, Node
-from pykhuge.mm.page import Pfns, PG_head, PG_tail, PG_zone_device
+from pykhuge.mm.page import Pfns, PG_head, PG_hwpoison, PG_tail, PG_zone_device
 from pykhuge.mm.vmstat import NR_FREE_PAGES
 
 __all__ = [
@@ -26,6 +26,8 @@ __all__ = [
     "charge",
     "free_huge_page",
     "free_pages",
+    "put_page_back_buddy",
+    "take_page_off_buddy",
     "uncharge",
     "zonelist",
 ]
@@ -97,8 +99,13 @@ def free_pages(mem: Memory, pfns: Pfns) -> None:
     if np.count_nonzero(pages.mapcount[pfns]):
         raise KernelBug(*(f"page {pfn:#x} is freed while mapped" for pfn in pfns.tolist()))
     _uncharge_pages(mem, pfns)
+    # A bad frame is no longer anybody's, and does not come back to be allocated.
+    bad = pages.flags[pfns] & np.uint32(PG_hwpoison) != 0
     pages.flags[pfns] = 0
     pages.mapping[pfns] = 0
+    if np.count_nonzero(bad):
+        pages.flags[pfns[bad]] = PG_hwpoison
+        pfns = pfns[~bad]
     if mem.device_start < pages.nr_pages:
         pages.flags[pfns[pfns >= mem.device_start]] = PG_zone_device
         pfns = pfns[pfns < mem.device_start]
@@ -129,11 +136,34 @@ def free_huge_page(mem: Memory, head: int) -> None:
         raise KernelBug(f"huge page {head:#x} is freed while in use")
     uncharge(mem, int(pages.memcg[head]), HPAGE_PMD_NR)
     pages.memcg[head] = 0
-    pages.flags[whole] = 0
+    bad = pages.flags[whole] & np.uint32(PG_hwpoison)
+    pages.flags[whole] = bad
     pages.mapping[head] = 0
     node = mem.nodes[mem.nid_of(head)]
-    node.used[(head - node.start_pfn) // HPAGE_PMD_NR] = 0
-    mem.vmstat.mod_node(NR_FREE_PAGES, HPAGE_PMD_NR, node.nid)
+    nr_bad = int(np.count_nonzero(bad))
+    node.used[(head - node.start_pfn) // HPAGE_PMD_NR] = nr_bad
+    mem.vmstat.mod_node(NR_FREE_PAGES, HPAGE_PMD_NR - nr_bad, node.nid)
+
+
+def take_page_off_buddy(mem: Memory, pfn: int) -> bool:
+    """Take a free frame that is bad out of the allocator, for good; False if it is not free."""
+    if mem.pages.refcount[pfn] or mem.pages.flags[pfn]:
+        return False
+    node = mem.nodes[mem.nid_of(pfn)]
+    block = (pfn - node.start_pfn) // HPAGE_PMD_NR
+    node.high = max(node.high, block + 1)
+    node.used[block] += 1
+    mem.pages.flags[pfn] = PG_hwpoison
+    mem.pages.refcount[pfn] = 1
+    mem.vmstat.mod_node(NR_FREE_PAGES, -1, node.nid)
+    return True
+
+
+def put_page_back_buddy(mem: Memory, pfn: int) -> None:
+    """A frame that nobody but memory_failure has refers to is free again."""
+    mem.pages.flags[pfn] &= np.uint32(~PG_hwpoison & 0xFFFFFFFF)
+    mem.pages.refcount[pfn] = 0
+    free_pages(mem, np.array([pfn]))
 
 
 def charge(mem: Memory, memcg: MemCgroup, nr: int) -> bool:

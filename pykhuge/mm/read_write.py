@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 
 from pykhuge.hw.memory import HPAGE_PMD_NR, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.hw.poison import LINE_SHIFT
 from pykhuge.kernel.sched import Steps
-from pykhuge.mm.errors import PageLocked
+from pykhuge.mm.errors import PageLocked, os_error
 from pykhuge.mm.filemap import (
     foresee_page_locks,
     wait_on_page,
@@ -17,6 +19,7 @@ from pykhuge.mm.filemap import (
 from pykhuge.mm.huge_memory import OutOfMemory, shmem_is_huge
 from pykhuge.mm.mm_types import File, Mm, ShmemInode
 from pykhuge.mm.mmzone import Memory
+from pykhuge.mm.page import PG_hwpoison
 from pykhuge.mm.page_table import run_of_none
 from pykhuge.mm.page_writeback import set_page_dirty
 from pykhuge.mm.regular_file import new_page, read_folio
@@ -47,6 +50,12 @@ def vfs_read(mem: Memory, mm: Mm, file: File, offset: int, length: int) -> Steps
             low = offset % PAGE_SIZE
             if pfn is None:
                 out += bytes(stop - offset)
+            elif mem.pages.flags[pfn] & PG_hwpoison:
+                if out:
+                    break
+                raise os_error(
+                    errno.EIO, f"page {offset >> PAGE_SHIFT} of {file.inode.name} is lost"
+                )
             else:
                 _check_poison(mem, pfn, low, low + stop - offset)
                 out += mem.ram.pages[pfn, low : low + stop - offset].tobytes()
@@ -72,8 +81,8 @@ def _check_poison(mem: Memory, pfn: int, low: int, high: int) -> None:
             mce = mem.poison.machine_check(
                 pfn, line, cpu=mem.sched.current.cpu, consumer="copy_page_to_iter", recovered=False
             )
-            mem.printk(str(mce))
-            raise mem.die("Fatal local machine check")
+            mem.log_machine_check(mce)
+            raise mem.die_of_machine_check()
 
 
 def vfs_write(mem: Memory, mm: Mm, file: File, offset: int, data: bytes) -> Steps[int]:
@@ -123,4 +132,6 @@ def _pages_to_write(mem: Memory, mm: Mm, file: File, offset: int, length: int) -
         return shmem_add_pages(mem, inode, index, nr, memcg=memcg, nid=nid).tolist()  # type: ignore[no-any-return]
     page_or_none = shmem_get_folio(mem, inode, index, Sgp.SGP_WRITE, memcg=memcg, nid=nid)
     assert page_or_none is not None
+    if mem.pages.flags[page_or_none] & PG_hwpoison:
+        raise os_error(errno.EIO, f"page {index} of {inode.name} is lost")
     return [page_or_none]

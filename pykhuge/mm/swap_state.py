@@ -9,12 +9,30 @@ from __future__ import annotations
 import numpy as np
 
 from pykhuge.kernel.panic import KernelBug
-from pykhuge.mm.mm_types import MemCgroup
+from pykhuge.mm.mm_types import MemCgroup, Vma
 from pykhuge.mm.mmzone import Memory
-from pykhuge.mm.page import Pfns, PG_dirty, PG_locked, PG_swapbacked, PG_swapcache, PG_uptodate
+from pykhuge.mm.page import (
+    Pfns,
+    PG_anon_exclusive,
+    PG_dirty,
+    PG_locked,
+    PG_swapbacked,
+    PG_swapcache,
+    PG_uptodate,
+)
 from pykhuge.mm.page_alloc import alloc_pages, charge, uncharge
+from pykhuge.mm.page_table import PAGE_DIRTY, PAGE_UFFD_WP, Ptes, make_swap_pte
+from pykhuge.mm.rmap import page_remove_rmap
 from pykhuge.mm.swap import lru_cache_add, put_pages
-from pykhuge.mm.vmstat import NR_FILE_PAGES, NR_SWAPCACHE, PGMAJFAULT, PSWPIN, PSWPOUT
+from pykhuge.mm.vmstat import (
+    MM_ANONPAGES,
+    MM_SWAPENTS,
+    NR_FILE_PAGES,
+    NR_SWAPCACHE,
+    PGMAJFAULT,
+    PSWPIN,
+    PSWPOUT,
+)
 
 __all__ = [
     "add_to_swap",
@@ -25,6 +43,7 @@ __all__ = [
     "swap_free",
     "swap_readpage",
     "swap_writepage",
+    "unmap_to_swap",
 ]
 
 
@@ -138,6 +157,22 @@ def delete_from_swap_cache(mem: Memory, pfn: int) -> None:
     if mem.swap.swap_map[slot] == 0:
         _slot_free(mem, slot)
     put_pages(mem, np.array([pfn]))
+
+
+def unmap_to_swap(mem: Memory, vma: Vma, ptes: Ptes, place: int, pfn: int, slot: int) -> None:
+    """The entry `ptes[place]`, which maps a page of the swap cache, names its slot instead."""
+    pte = int(ptes[place])
+    exclusive = bool(mem.pages.flags[pfn] & PG_anon_exclusive)
+    if pte & PAGE_DIRTY:
+        mem.pages.flags[pfn] |= np.uint32(PG_dirty)
+    swap_duplicate(mem, slot)
+    ptes[place] = make_swap_pte(0, slot, exclusive=exclusive, uffd_wp=bool(pte & PAGE_UFFD_WP))
+    mem.pages.flags[pfn] &= np.uint32(~PG_anon_exclusive & 0xFFFFFFFF)
+    one = np.array([pfn])
+    page_remove_rmap(mem, one, vma)
+    mem.mod_mm(vma.mm, MM_ANONPAGES, -1)
+    mem.mod_mm(vma.mm, MM_SWAPENTS, +1)
+    put_pages(mem, one)
 
 
 def free_swap_cache(mem: Memory, pfns: Pfns) -> None:

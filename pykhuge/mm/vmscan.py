@@ -17,7 +17,6 @@ from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import (
     PG_active,
     PG_anon,
-    PG_anon_exclusive,
     PG_dirty,
     PG_head,
     PG_locked,
@@ -35,10 +34,8 @@ from pykhuge.mm.page_table import (
     PAGE_ACCESSED,
     PAGE_DIRTY,
     PAGE_PRESENT,
-    PAGE_UFFD_WP,
     Ptes,
     each_block,
-    make_swap_pte,
     pmd_trans_huge,
     pte_index,
     pte_pfn,
@@ -50,10 +47,10 @@ from pykhuge.mm.swap_state import (
     add_to_swap,
     delete_from_swap_cache,
     get_swap_pages,
-    swap_duplicate,
     swap_writepage,
+    unmap_to_swap,
 )
-from pykhuge.mm.vmstat import MM_ANONPAGES, MM_SWAPENTS
+from pykhuge.mm.vmstat import MM_ANONPAGES
 from pykhuge.mm.xarray import SHADOW
 from pykhuge.mm.zap import zap_page_range
 
@@ -224,27 +221,12 @@ def _reclaim(mem: Memory, vma: Vma, ptes: Ptes, place: int, pfn: int) -> None:
     isolate_lru_pages(mem, one)
     if not cached:
         add_to_swap(mem, pfn, slots[0])
-    _unmap_to_swap(mem, vma, ptes, place, pfn, slots[0])
+    unmap_to_swap(mem, vma, ptes, place, pfn, slots[0])
     written = not pages.flags[pfn] & PG_dirty or swap_writepage(mem, pfn)
     # The isolation and the swap cache are all that refers to it, unless somebody else does.
     if written and pages.refcount[pfn] == 2:
         delete_from_swap_cache(mem, pfn)
     putback_lru_pages(mem, one)
-
-
-def _unmap_to_swap(mem: Memory, vma: Vma, ptes: Ptes, place: int, pfn: int, slot: int) -> None:
-    pte = int(ptes[place])
-    exclusive = bool(mem.pages.flags[pfn] & PG_anon_exclusive)
-    if pte & PAGE_DIRTY:
-        mem.pages.flags[pfn] |= np.uint32(PG_dirty)
-    swap_duplicate(mem, slot)
-    ptes[place] = make_swap_pte(0, slot, exclusive=exclusive, uffd_wp=bool(pte & PAGE_UFFD_WP))
-    mem.pages.flags[pfn] &= np.uint32(~PG_anon_exclusive & 0xFFFFFFFF)
-    one = np.array([pfn])
-    page_remove_rmap(mem, one, vma)
-    mem.mod_mm(vma.mm, MM_ANONPAGES, -1)
-    mem.mod_mm(vma.mm, MM_SWAPENTS, +1)
-    put_pages(mem, one)
 
 
 def _discard_lazyfree(mem: Memory, vma: Vma, ptes: Ptes, place: int, pfn: int) -> None:

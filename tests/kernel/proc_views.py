@@ -1,0 +1,68 @@
+"""What /proc of the running kernel says of a layout.
+
+Run as a program, with a kind and the name of a layout, it makes the layout in its own address
+space and prints what stands in /proc of it as JSON. "+collapse" behind the name collapses its
+first block before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from kernel import file_layouts, layouts
+from kernel.layouts import BLOCK, NR, PAGE, Host
+
+PFN = (1 << 55) - 1
+PRESENT = 1 << 63
+
+
+def words(path: str, first: int, nr: int) -> tuple[int, ...]:
+    with open(path, "rb") as file:
+        file.seek(first * 8)
+        return struct.unpack(f"{nr}Q", file.read(nr * 8))
+
+
+def mappings(text: str, start: int, end: int) -> list[str]:
+    """The parts of maps or smaps, a VMA each, that lie in [start, end)."""
+    parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", text, flags=re.MULTILINE)[1:]
+    return [part for part in parts if start <= int(part.partition("-")[0], 16) < end]
+
+
+def views(base: int) -> dict[str, object]:
+    """Of the two blocks at `base`."""
+    seen: dict[str, object] = {"base": base}
+    for name in ("maps", "smaps"):
+        with open(f"/proc/self/{name}") as file:
+            seen[name] = mappings(file.read(), base, base + 2 * BLOCK)
+    seen["pagemap"] = pagemap = words("/proc/self/pagemap", base // PAGE, 2 * NR)
+    for name in ("kpageflags", "kpagecount"):
+        present = (word & PFN if word & PRESENT else None for word in pagemap)
+        seen[name] = [None if pfn is None else words(f"/proc/{name}", pfn, 1)[0] for pfn in present]
+    with open("/proc/meminfo") as file:
+        seen["meminfo"] = file.read()
+    with open("/proc/self/smaps_rollup") as file:
+        seen["smaps_rollup"] = file.read()
+    return seen
+
+
+def main(kind: str, layout: str) -> None:
+    side: Host = Host() if kind == "anon" else file_layouts.FileHost()
+    name, _, collapse = layout.partition("+")
+    named = layouts.LAYOUTS if kind == "anon" else file_layouts.SAME | file_layouts.DIFFERENT
+    try:
+        named[name](side)  # type: ignore[operator]
+        if collapse:
+            assert side.collapse() == 0
+        json.dump(views(side.base), sys.stdout)
+    finally:
+        side.end()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
