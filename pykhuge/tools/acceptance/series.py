@@ -85,11 +85,7 @@ class Buffer:
             self.process.write(self.addr + block * HPAGE_PMD_SIZE, data)
 
     def leave(self, machine: Machine) -> None:
-        """The task exits, its file goes, and its bad lines are good again for others."""
-        for offset in self.bad_lines:
-            pfn = self.process.pfn(self.addr + offset)
-            assert pfn is not None
-            machine.mem.poison.unpoison(pfn)
+        """The task exits, and its file goes. Nobody gets the frames that were bad again."""
         if self.file is not None:
             self.process.unlink(self.file.inode.name, tmpfs=machine.mem.mounts[0])
         self.process.exit()
@@ -127,8 +123,11 @@ class Buffer:
             for low, high in self._healthy(base):
                 got = self.process.read(self.addr + low, high - low)
                 check(got == data[low - base : high - base], f"bytes [{low:#x}, {high:#x})")
+        lost: set[int] = set()
         for offset in self.bad_lines:
-            self._check_signal(self.addr + offset)
+            page = offset & -PAGE_SIZE
+            self._check_signal(self.addr + offset, self.addr + (offset if page in lost else page))
+            lost.add(page)
 
     def _healthy(self, base: int) -> Iterator[tuple[int, int]]:
         """The runs of good lines of the block at offset `base`."""
@@ -139,12 +138,16 @@ class Buffer:
                 low = offset + LINE
         yield low, end
 
-    def _check_signal(self, addr: int) -> None:
+    def _check_signal(self, addr: int, si_addr: int) -> None:
+        """The machine check tells of the page, which is taken away then; a fault, of the address.
+
+        Raises: Mismatch.
+        """
         try:
             self.process.read(addr, LINE)
         except BusError as error:
             told = (error.address, error.code, error.lsb)
-            check(told == (addr & -PAGE_SIZE, BUS_MCEERR_AR, 12), f"SIGBUS at {addr:#x}: {error}")
+            check(told == (si_addr, BUS_MCEERR_AR, 12), f"SIGBUS at {addr:#x}: {error}")
         else:
             raise Mismatch(f"a load from the poisoned line at {addr:#x} gets bytes")
 
