@@ -174,6 +174,14 @@ class UserFaultFd:
         return userfaultfd.uffd_zeropage(self._process.mem, self._process.mm, addr, length)
 
     @steps
+    def poison(self, addr: int, length: int) -> Steps[None]:
+        """UFFDIO_POISON (Linux 6.6): whoever touches the range gets SIGBUS, as for lost memory.
+
+        Raises: OSError EEXIST where something is mapped.
+        """
+        return userfaultfd.uffd_poison(self._process.mem, self._process.mm, addr, length)
+
+    @steps
     def writeprotect(self, addr: int, length: int, *, protect: bool = True) -> Steps[None]:
         """UFFDIO_WRITEPROTECT, on or off."""
         mem, mm = self._process.mem, self._process.mm

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any, NoReturn
 
-from pykhuge.cli import collapse
+from pykhuge.cli import acceptance, collapse
 from pykhuge.cli.errors import CommandError, printable
 
 __all__ = ["main"]
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
     collapse.add_parser(commands)
+    acceptance.add_parser(commands)
     return parser
 
 

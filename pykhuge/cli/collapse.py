@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pykhuge.cli.errors import CommandError
+from pykhuge.cli.errors import CommandError, import_rich
 from pykhuge.cli.experiment import Experiment, FileBecameShorter
 from pykhuge.cli.kinds import KINDS
 from pykhuge.cli.report import BadLine, Report
@@ -106,7 +106,9 @@ def run(options: argparse.Namespace) -> int:
     report = _what_is_asked(options)
     if options.svg is not None:
         _check_svg(options.svg, options.file)
-    render = None if options.json and options.svg is None else _import_render()
+    render = None
+    if not options.json or options.svg is not None:
+        render = import_rich("pykhuge.cli.render", "the picture", "--json")
     _run_experiment(report, render)
     if options.svg is not None:
         assert render is not None
@@ -189,20 +191,6 @@ def _check_svg(path: str, file: str) -> None:
         raise CommandError(f"--svg {path}: is FILE itself; allowed is another path")
     if not target.parent.is_dir():
         raise CommandError(f"--svg {path}: No such file or directory: {target.parent}")
-
-
-def _import_render() -> ModuleType:
-    """What draws: rich is an extra, and --json works without it."""
-    try:
-        from pykhuge.cli import render  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "rich":
-            raise
-        raise CommandError(
-            'the picture needs rich, which is not installed: pip install "pykhuge[cli]",'
-            " or use --json"
-        ) from error
-    return render
 
 
 def _run_experiment(report: Report, render: ModuleType | None) -> None:

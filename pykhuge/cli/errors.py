@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["CommandError", "printable"]
+import importlib
+from types import ModuleType
+
+__all__ = ["CommandError", "import_rich", "printable"]
 
 
 class CommandError(Exception):
@@ -15,3 +18,16 @@ def printable(text: object) -> str:
         char if char.isprintable() else char.encode("unicode_escape", "replace").decode()
         for char in str(text)
     )
+
+
+def import_rich(module: str, what: str, instead: str) -> ModuleType:
+    """The module of cli/ that draws `what`: rich is an extra, and `instead` works without it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "rich":
+            raise
+        raise CommandError(
+            f'{what} needs rich, which is not installed: pip install "pykhuge[cli]",'
+            f" or use {instead}"
+        ) from error

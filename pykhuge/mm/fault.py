@@ -76,6 +76,7 @@ from pykhuge.mm.page_table import (
     SWP_PTE_MARKER,
     Ptes,
     is_marker,
+    is_poison_marker,
     is_swap_pte,
     pmd_trans_huge,
     pte_index,
@@ -365,7 +366,7 @@ def do_swap_page(
     Raises: OutOfMemory. Locks: mmap_lock. Kernel: do_swap_page (mm/memory.c).
     """
     pte, pages = int(ptes[slot]), mem.pages
-    if swp_type(pte) == SWP_HWPOISON:
+    if swp_type(pte) == SWP_HWPOISON or is_poison_marker(pte):
         return SwapFault.HWPOISON
     if swp_type(pte) == SWP_PTE_MARKER:
         ptes[slot] = 0  # a leftover uffd-wp marker: anonymous memory needs none

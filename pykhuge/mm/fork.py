@@ -40,7 +40,6 @@ from pykhuge.mm.page_table import (
     PAGE_SWP_UFFD_WP,
     PAGE_UFFD_WP,
     PAGE_USER,
-    SWP_HWPOISON,
     SWP_TYPE_SHIFT,
     U_PRESENT,
     Ptes,
@@ -52,6 +51,7 @@ from pykhuge.mm.page_table import (
     pte_pfns,
 )
 from pykhuge.mm.rmap import (
+    MARKER_UFFD_WP,
     anon_vma_clone,
     anon_vma_new,
     mod_mm_pages,
@@ -142,10 +142,9 @@ def _copy_pte_range(mem: Memory, vma: Vma, copy: Vma, low: int, high: int) -> No
         return
     first = pte_index(low)
     target = mem.ram.words[pte_table(mem, copy.mm, low), first : first + len(source)]
-    kinds = source >> np.uint64(SWP_TYPE_SHIFT)
-    swapped = is_swap_ptes(source) & (kinds == 0)
-    hwpoison = is_swap_ptes(source) & (kinds == SWP_HWPOISON)
-    target[hwpoison] = source[hwpoison]
+    swapped = is_swap_ptes(source) & (source >> np.uint64(SWP_TYPE_SHIFT) == 0)
+    lost = is_swap_ptes(source) & ~swapped & (source != MARKER_UFFD_WP)
+    target[lost] = source[lost]
     source[swapped] &= np.uint64(~PAGE_SWP_EXCLUSIVE & (1 << 64) - 1)
     target[swapped] = source[swapped] & ~np.uint64(PAGE_SWP_UFFD_WP)
     for slot in swap_slots(source[swapped]):

@@ -20,6 +20,7 @@ __all__ = [
     "Ptes",
     "each_block",
     "is_marker",
+    "is_poison_marker",
     "is_swap_pte",
     "is_swap_ptes",
     "make_swap_pte",
@@ -63,6 +64,7 @@ SWP_HWPOISON = 23
 SWP_MIGRATION_READ = 24
 SWP_PTE_MARKER = 31
 PTE_MARKER_UFFD_WP = 1 << 0
+PTE_MARKER_POISONED = 1 << 1
 
 U_PRESENT = np.uint64(PAGE_PRESENT)
 U_PFN_MASK = np.uint64(PFN_MASK)
@@ -102,7 +104,16 @@ def is_swap_pte(pte: int) -> bool:
 
 def is_marker(pte: int) -> bool:
     """A marker that stands where a file's page was (PTE_MARKER_UFFD_WP)."""
-    return is_swap_pte(pte) and swp_type(pte) == SWP_PTE_MARKER
+    return _has_marker(pte, PTE_MARKER_UFFD_WP)
+
+
+def is_poison_marker(pte: int) -> bool:
+    """A marker that UFFDIO_POISON has set (PTE_MARKER_POISONED, from Linux 6.6 on)."""
+    return _has_marker(pte, PTE_MARKER_POISONED)
+
+
+def _has_marker(pte: int, bit: int) -> bool:
+    return is_swap_pte(pte) and swp_type(pte) == SWP_PTE_MARKER and bool(swp_offset(pte) & bit)
 
 
 def is_swap_ptes(ptes: Ptes) -> npt.NDArray[np.bool_]:

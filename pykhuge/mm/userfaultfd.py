@@ -37,19 +37,30 @@ from pykhuge.mm.page_table import (
     PAGE_SPECIAL,
     PAGE_SWP_UFFD_WP,
     PAGE_UFFD_WP,
+    PTE_MARKER_POISONED,
     SWP_PTE_MARKER,
-    SWP_TYPE_SHIFT,
     each_block,
     is_marker,
+    is_poison_marker,
     is_swap_ptes,
+    make_swap_pte,
     pmd_trans_huge,
     pte_index,
     pte_pfn,
 )
-from pykhuge.mm.rmap import anon_vma_prepare, pmd_of, set_pmd
+from pykhuge.mm.rmap import MARKER_UFFD_WP, anon_vma_prepare, pmd_of, set_pmd
 from pykhuge.mm.shmem import shmem_add_pages
 
-__all__ = ["uffd_copy", "uffd_register", "uffd_unregister", "uffd_writeprotect", "uffd_zeropage"]
+__all__ = [
+    "uffd_copy",
+    "uffd_poison",
+    "uffd_register",
+    "uffd_unregister",
+    "uffd_writeprotect",
+    "uffd_zeropage",
+]
+
+MARKER_POISONED = make_swap_pte(SWP_PTE_MARKER, PTE_MARKER_POISONED)
 
 
 def uffd_register(
@@ -116,10 +127,40 @@ def uffd_zeropage(mem: Memory, mm: Mm, addr: int, length: int) -> Steps[None]:
             if vma.vm_file is not None and vma.vm_flags & VM_SHARED:
                 _fill_shmem(mem, vma, page, table, place, bytes(PAGE_SIZE))
                 continue
+            if mem.ram.words[table, place]:
+                raise os_error(errno.EEXIST, f"{page:#x} has a marker")
             anon_vma_prepare(mem, vma)
             mem.ram.words[table, place] = (mem.zero_pfn << PAGE_SHIFT) | VM_PAGE_PROT | PAGE_SPECIAL
     finally:
         mm.mmap_lock.unlock(mem.sched.current)
+
+
+def uffd_poison(mem: Memory, mm: Mm, addr: int, length: int) -> Steps[None]:
+    """UFFDIO_POISON: answer missing faults with SIGBUS, as memory that is lost would.
+
+    Later than the rest of the model: fc71884a5f59 ("mm: userfaultfd: add new UFFDIO_POISON ioctl",
+    Linux 6.6). Nothing is overwritten, no marker either; UFFDIO_COPY does overwrite this one.
+    Kernel: mfill_atomic_pte_poison.
+    """
+    end = check_range(addr, length)
+    yield Acquire(mm.mmap_lock, READ)
+    try:
+        for page in range(addr, end, PAGE_SIZE):
+            vma, table, place = _missing(mem, mm, page, none=True)
+            if vma.vm_flags & VM_SHARED:
+                _check_file_size(vma, page)
+            else:
+                anon_vma_prepare(mem, vma)
+            mem.ram.words[table, place] = MARKER_POISONED
+    finally:
+        mm.mmap_lock.unlock(mem.sched.current)
+
+
+def _check_file_size(vma: Vma, addr: int) -> None:
+    assert vma.vm_file is not None
+    inode = vma.vm_file.inode
+    if vma.linear_page_index(addr) << PAGE_SHIFT >= inode.i_size:
+        raise os_error(errno.EFAULT, f"{addr:#x} lies behind the end of {inode.name}")
 
 
 def _fill(mem: Memory, mm: Mm, addr: int, data: bytes) -> None:
@@ -140,17 +181,19 @@ def _fill_shmem(mem: Memory, vma: Vma, addr: int, table: int, place: int, data: 
     assert vma.vm_file is not None
     inode, index = vma.vm_file.inode, vma.linear_page_index(addr)
     assert isinstance(inode, ShmemInode)
-    if index << PAGE_SHIFT >= inode.i_size:
-        raise os_error(errno.EFAULT, f"{addr:#x} lies behind the end of {inode.name}")
+    _check_file_size(vma, addr)
     if inode.i_mapping.i_pages.load(index):
         raise os_error(errno.EEXIST, f"page {index} of {inode.name} is there")
     memcg, nid = vma.mm.memcg, vma.mm.preferred_node
     pfns = shmem_add_pages(mem, inode, index, 1, memcg=memcg, nid=nid)
     mem.ram.pages[pfns[0]] = np.frombuffer(data, np.uint8)
+    if is_poison_marker(int(mem.ram.words[table, place])):
+        mem.ram.words[table, place] = 0
     map_file_pages(mem, vma, mem.ram.words[table], np.array([place]), pfns, write=True)
 
 
-def _missing(mem: Memory, mm: Mm, addr: int) -> tuple[Vma, int, int]:
+def _missing(mem: Memory, mm: Mm, addr: int, *, none: bool = False) -> tuple[Vma, int, int]:
+    """The VMA, table and place of `addr`, which maps nothing; `none`: and has no marker."""
     vma = find_vma(mm, addr)
     if vma is None or vma.vm_start > addr or vma.userfaultfd_ctx is None:
         raise os_error(errno.ENOENT, f"{addr:#x} is not registered with a userfaultfd")
@@ -159,7 +202,7 @@ def _missing(mem: Memory, mm: Mm, addr: int) -> tuple[Vma, int, int]:
         raise os_error(errno.EEXIST, f"{addr:#x} is mapped")
     table, place = pte_table(mem, mm, addr), pte_index(addr)
     pte = int(mem.ram.words[table, place])
-    if pte and not (vma.vm_file is not None and is_marker(pte)):
+    if pte and (none or not (is_marker(pte) or is_poison_marker(pte))):
         raise os_error(errno.EEXIST, f"{addr:#x} is mapped")
     return vma, table, place
 
@@ -203,7 +246,7 @@ def _unprotect(mem: Memory, mm: Mm, start: int, end: int) -> None:
             swapped = is_swap_ptes(ptes)
             ptes[~swapped] &= np.uint64(~PAGE_UFFD_WP & (1 << 64) - 1)
             ptes[swapped] &= np.uint64(~PAGE_SWP_UFFD_WP & (1 << 64) - 1)
-            ptes[swapped & (ptes >> np.uint64(SWP_TYPE_SHIFT) == SWP_PTE_MARKER)] = 0
+            ptes[ptes == MARKER_UFFD_WP] = 0
     for vma in vmas_in(mm, start, end):
         if vma.vm_flags & VM_WRITE:
             mkwrite_range(mem, mm, max(start, vma.vm_start), min(end, vma.vm_end))

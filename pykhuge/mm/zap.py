@@ -15,7 +15,6 @@ from pykhuge.mm.mm_types import AddressSpace, Vma
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import PG_anon, compound_head
 from pykhuge.mm.page_table import (
-    SWP_HWPOISON,
     SWP_TYPE_SHIFT,
     U_PRESENT,
     Ptes,
@@ -26,6 +25,7 @@ from pykhuge.mm.page_table import (
     swp_offsets,
 )
 from pykhuge.mm.rmap import (
+    MARKER_UFFD_WP,
     drop_file_ptes,
     leave_markers,
     page_remove_rmap,
@@ -86,8 +86,7 @@ def _zap_ptes(mem: Memory, vma: Vma, ptes: Ptes, even_cows: bool, drop_markers: 
         _zap_file_ptes(mem, vma, ptes, words, drop_markers)
         if not even_cows:
             return
-        kinds = words >> np.uint64(SWP_TYPE_SHIFT)
-        ptes[is_swap_ptes(words) & ((kinds == 0) | (kinds == SWP_HWPOISON))] = 0
+        ptes[is_swap_ptes(words) & (words != MARKER_UFFD_WP)] = 0
     for slot in swap_slots(words[is_swap_ptes(words)]):
         swap_free(mem, slot)
         mem.mod_mm(vma.mm, MM_SWAPENTS, -1)

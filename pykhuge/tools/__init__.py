@@ -1,0 +1,1 @@
+"""Programs about a machine. None of them imports another."""
