@@ -66,7 +66,7 @@ class Buffer:
     """One task and its buffer.
 
     file: of a tmpfs, that is mapped there; None is anonymous memory.
-    bad_lines: offsets of its poisoned lines, in order.
+    bad_lines: offsets of its poisoned lines, in order. bad_frames: where these were.
     """
 
     def __init__(self, machine: Machine, number: int, memory: str, content: list[bytes]) -> None:
@@ -74,6 +74,7 @@ class Buffer:
         self.content = content
         self.size = len(content) * HPAGE_PMD_SIZE
         self.bad_lines: list[int] = []
+        self.bad_frames: set[int] = set()
         self.file: File | None = None
         if memory == "tmpfs":
             mount = machine.mem.mounts[0]
@@ -85,14 +86,15 @@ class Buffer:
             self.process.write(self.addr + block * HPAGE_PMD_SIZE, data)
 
     def leave(self, machine: Machine) -> None:
-        """The task exits, its file goes, and its bad lines are good again for others."""
-        for offset in self.bad_lines:
-            pfn = self.process.pfn(self.addr + offset)
-            assert pfn is not None
-            machine.mem.poison.unpoison(pfn)
+        """The task exits, its file goes, and its bad frames are replaced by good ones."""
         if self.file is not None:
             self.process.unlink(self.file.inode.name, tmpfs=machine.mem.mounts[0])
         self.process.exit()
+        # As if by new hardware: Linux itself never takes a frame back that a machine check was for.
+        machine.mem.hwpoison.hw_memory_failure = False
+        for pfn in self.bad_frames:
+            machine.mem.poison.unpoison(pfn)
+            machine.unpoison_memory(pfn)
 
     @property
     def bad_blocks(self) -> set[int]:
@@ -104,7 +106,7 @@ class Buffer:
         lines = rng.sample(range(self.size // LINE), LINES)
         self.bad_lines = sorted(line * LINE for line in lines)
         for offset in self.bad_lines:
-            self.process.poison(self.addr + offset)
+            self.bad_frames.add(self.process.poison(self.addr + offset))
 
     def make_collapsible(self) -> None:
         """MADV_HUGEPAGE."""
@@ -119,7 +121,7 @@ class Buffer:
             check(self.process.is_huge(addr) is not bad, f"block {block}: huge is {bad}")
 
     def check_bytes(self) -> None:
-        """Every byte is what was written; a load from a poisoned line gets its own SIGBUS."""
+        """Every byte is what was written; a load from a bad line gets SIGBUS, and the page goes."""
         for block, data in enumerate(self.content):
             base = block * HPAGE_PMD_SIZE
             # A rollback leaves the pages of a file unmapped.
@@ -144,7 +146,9 @@ class Buffer:
             self.process.read(addr, LINE)
         except BusError as error:
             told = (error.address, error.code, error.lsb)
-            check(told == (addr & -PAGE_SIZE, BUS_MCEERR_AR, 12), f"SIGBUS at {addr:#x}: {error}")
+            # The second bad line of a page is met by way of the entry that the first has left.
+            where = (addr & -PAGE_SIZE, addr)
+            check(told[0] in where and told[1:] == (BUS_MCEERR_AR, 12), f"SIGBUS: {error}")
         else:
             raise Mismatch(f"a load from the poisoned line at {addr:#x} gets bytes")
 
