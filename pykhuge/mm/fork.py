@@ -142,11 +142,9 @@ def _copy_pte_range(mem: Memory, vma: Vma, copy: Vma, low: int, high: int) -> No
         return
     first = pte_index(low)
     target = mem.ram.words[pte_table(mem, copy.mm, low), first : first + len(source)]
-    kinds = source >> np.uint64(SWP_TYPE_SHIFT)
-    swapped = is_swap_ptes(source) & (kinds == 0)
-    # Lost pages, known by memory_failure or said so by UFFDIO_POISON.
-    poisoned = is_swap_ptes(source) & (kinds != 0) & (source != MARKER_UFFD_WP)
-    target[poisoned] = source[poisoned]
+    swapped = is_swap_ptes(source) & (source >> np.uint64(SWP_TYPE_SHIFT) == 0)
+    lost = is_swap_ptes(source) & ~swapped & (source != MARKER_UFFD_WP)
+    target[lost] = source[lost]
     source[swapped] &= np.uint64(~PAGE_SWP_EXCLUSIVE & (1 << 64) - 1)
     target[swapped] = source[swapped] & ~np.uint64(PAGE_SWP_UFFD_WP)
     for slot in swap_slots(source[swapped]):
