@@ -108,7 +108,7 @@ def _row_json(verdict: Verdict) -> dict[str, Any]:
 
 
 def _markdown(verdicts: list[Verdict]) -> Iterator[str]:
-    """A table for each group. Scenarios that differ in their memory alone share a row."""
+    """A table for each group. Scenarios that differ in memory or context alone share a row."""
     for number, (group, of_group) in enumerate(groupby(verdicts, lambda each: each.scenario.group)):
         yield "\n" * bool(number) + f"**{group}**\n"
         yield "| " + " | ".join(HEADINGS) + " |"
@@ -118,11 +118,13 @@ def _markdown(verdicts: list[Verdict]) -> Iterator[str]:
 
 
 def _rows(verdicts: Iterator[Verdict]) -> Iterator[tuple[str, ...]]:
-    rows: dict[tuple[str, ...], list[str]] = {}
+    memory: dict[tuple[str, ...], list[str]] = {}
     for verdict in verdicts:
         each: Scenario = verdict.scenario
         got = verdict.got if verdict.passed else f"**{verdict.got}**"
-        key = (each.name, each.context, each.expected, got)
-        rows.setdefault(key, []).append(each.memory)
-    for (name, context, expected, got), memory in rows.items():
-        yield name, ", ".join(memory), context, expected, got
+        memory.setdefault((each.name, each.context, each.expected, got), []).append(each.memory)
+    contexts: dict[tuple[str, ...], list[str]] = {}
+    for (name, context, expected, got), kinds in memory.items():
+        contexts.setdefault((name, ", ".join(kinds), expected, got), []).append(context)
+    for (name, joined, expected, got), of_row in contexts.items():
+        yield name, joined, ", ".join(of_row), expected, got

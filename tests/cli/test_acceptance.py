@@ -76,7 +76,7 @@ def test_table_names_what_it_shows(capsys: Captured) -> None:
     assert printed.splitlines()[-1] == "all 6 came out as expected"
 
 
-def test_markdown_joins_rows_that_differ_in_memory_alone(capsys: Captured) -> None:
+def test_markdown_joins_rows_that_differ_in_memory_or_context_alone(capsys: Captured) -> None:
     """As it stands in the README."""
     assert main(["acceptance", "--filter", "SCAN_COPY_MC", "--markdown"]) == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -89,6 +89,10 @@ def test_markdown_joins_rows_that_differ_in_memory_alone(capsys: Captured) -> No
         "| SCAN_COPY_MC | anon, shmem, file | madvise | copy_poisoned_page, EINVAL |"
         " copy_poisoned_page, EINVAL |",
     ]
+    assert main(["acceptance", "--filter", "collapse_fork[", "--markdown"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "| collapse_fork | anon | khugepaged, madvise | collapsed | collapsed |"
+    )
 
 
 @pytest.mark.usefixtures("wrong_scenario")
