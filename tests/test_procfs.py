@@ -106,3 +106,13 @@ def test_swaps_reads_as_the_kernels_file(make_machine: MakeMachine) -> None:
     assert make_machine().procfs["swaps"] == header
     line = make_machine(swap="16M").procfs["swaps"].removeprefix(header)
     assert re.fullmatch(r"/dev/zram0 {30}partition\t16380\t\t0\t\t-2\n", line)
+
+
+def test_sharers_of_a_page_divide_its_size(machine: Machine, process: Process) -> None:
+    """Pss of parent and child is half of Rss each."""
+    process.write(process.mmap(8 * PAGE), b"x" * 8 * PAGE)
+    child = process.fork()
+    for sharer in (process, child):
+        (entry,) = machine.procfs.smaps(sharer)
+        assert (entry.fields["Rss"], entry.fields["Pss"]) == (32, 16)
+        assert entry.fields["Shared_Dirty"] == 32
