@@ -499,7 +499,7 @@ def test_pagemap_and_smaps_of_entries_that_name_a_page(machine: Machine, process
 
 
 def test_device_memory_is_mapped_but_no_page_to_look_at(machine: Machine, process: Process) -> None:
-    """pagemap and smaps know of it, kpageflags and kpagecount do not."""
+    """Pagemap and smaps know of it, kpageflags and kpagecount do not."""
     where = process.mmap(PAGE)
     process.write(where, b"x")
     pfn = process.migrate_to_device(where)
