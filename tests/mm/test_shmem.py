@@ -4,6 +4,7 @@ import ctypes
 import errno
 import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,17 @@ from collapse_kit import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pykhuge import Advice, BusError, File, KernelPanic, Machine, OutOfMemory, Process, WouldBlock
+from pykhuge import (
+    Advice,
+    BusError,
+    CollapseError,
+    File,
+    KernelPanic,
+    Machine,
+    OutOfMemory,
+    Process,
+    WouldBlock,
+)
 from pykhuge.mm.mm_types import ShmemInode
 from pykhuge.mm.page import PG_dirty, PG_uptodate
 from pykhuge.mm.vmscan import _reclaim_file_page
@@ -1285,7 +1296,8 @@ class Shadowed:
         while size > 0 and not self.process.is_huge(addr):
             self.process.read(addr, 1)
             self.machine.lru_add_drain_all()
-            self.machine.collapse(self.process, addr, is_khugepaged=False)
+            with suppress(CollapseError):
+                self.process.madvise(addr, HPAGE, Advice.MADV_COLLAPSE)
             tries += 1
             assert tries <= NR
 

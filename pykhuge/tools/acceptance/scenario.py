@@ -29,7 +29,7 @@ class Scenario:
 
     group: "series", "kselftest", "memory failure" or "scan result".
     name: as the kernel's people call it. memory: anon, file, shmem or tmpfs.
-    context: khugepaged or madvise, who collapses; "fault" where nobody does.
+    context: who collapses, khugepaged or madvise; elsewhere what brings the outcome about.
     play: does it on a machine of its own, and returns what came out. Raises: Mismatch.
     """
 

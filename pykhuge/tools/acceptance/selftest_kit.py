@@ -17,9 +17,7 @@ import numpy as np
 from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SIZE
 from pykhuge.khugepaged.scan_result import CollapseError
 from pykhuge.machine import Machine
-from pykhuge.mm.mm_types import File, Vma
-from pykhuge.mm.page_table import each_block, is_swap_ptes, pmd_trans_huge
-from pykhuge.mm.rmap import pmd_of, ptes_of
+from pykhuge.mm.mm_types import File
 from pykhuge.process import PROT_EXEC, PROT_READ, Advice, Process
 from pykhuge.tools.acceptance.scenario import Mismatch, check
 
@@ -108,24 +106,11 @@ class Selftest:
 
     def kilobytes(self, process: Process, addr: int, name: str) -> int:
         """A field of smaps, of the mapping that begins at `addr`."""
-        vma = next((each for each in process.mm.vmas if each.vm_start == addr), None)
-        if vma is None:
+        entries = self.machine.procfs.smaps(process)
+        found = next((each for each in entries if each.start == addr), None)
+        if found is None:
             raise Mismatch(f"no mapping begins at {addr:#x}")
-        return _kilobytes(process, vma, name)
-
-
-def _kilobytes(process: Process, vma: Vma, name: str) -> int:
-    """Swap, or what is mapped by huge PMDs, under whatever name."""
-    total = 0
-    for low, high in each_block(vma.vm_start, vma.vm_end):
-        pmd = pmd_of(process.mem, process.mm, low)
-        huge = bool(pmd and pmd_trans_huge(pmd))
-        if name != "Swap":
-            total += (HPAGE_PMD_SIZE >> 10) * huge
-        elif pmd and not huge:
-            swapped = is_swap_ptes(ptes_of(process.mem, process.mm, low, high))
-            total += (PAGE_SIZE >> 10) * int(np.count_nonzero(swapped))
-    return total
+        return found.fields[name]
 
 
 class Area:

@@ -66,7 +66,7 @@ class Buffer:
     """One task and its buffer.
 
     file: of a tmpfs, that is mapped there; None is anonymous memory.
-    bad_lines: offsets of its poisoned lines, in order. bad_frames: where these were.
+    bad_lines: offsets of its poisoned lines, in order.
     """
 
     def __init__(self, machine: Machine, number: int, memory: str, content: list[bytes]) -> None:
@@ -74,7 +74,6 @@ class Buffer:
         self.content = content
         self.size = len(content) * HPAGE_PMD_SIZE
         self.bad_lines: list[int] = []
-        self.bad_frames: set[int] = set()
         self.file: File | None = None
         if memory == "tmpfs":
             mount = machine.mem.mounts[0]
@@ -86,15 +85,10 @@ class Buffer:
             self.process.write(self.addr + block * HPAGE_PMD_SIZE, data)
 
     def leave(self, machine: Machine) -> None:
-        """The task exits, its file goes, and its bad frames are replaced by good ones."""
+        """The task exits, and its file goes. Nobody gets the frames that were bad again."""
         if self.file is not None:
             self.process.unlink(self.file.inode.name, tmpfs=machine.mem.mounts[0])
         self.process.exit()
-        # As if by new hardware: Linux itself never takes a frame back that a machine check was for.
-        machine.mem.hwpoison.hw_memory_failure = False
-        for pfn in self.bad_frames:
-            machine.mem.poison.unpoison(pfn)
-            machine.unpoison_memory(pfn)
 
     @property
     def bad_blocks(self) -> set[int]:
@@ -106,7 +100,7 @@ class Buffer:
         lines = rng.sample(range(self.size // LINE), LINES)
         self.bad_lines = sorted(line * LINE for line in lines)
         for offset in self.bad_lines:
-            self.bad_frames.add(self.process.poison(self.addr + offset))
+            self.process.poison(self.addr + offset)
 
     def make_collapsible(self) -> None:
         """MADV_HUGEPAGE."""
@@ -121,7 +115,7 @@ class Buffer:
             check(self.process.is_huge(addr) is not bad, f"block {block}: huge is {bad}")
 
     def check_bytes(self) -> None:
-        """Every byte is what was written; a load from a bad line gets SIGBUS, and the page goes."""
+        """Every byte is what was written; a load from a poisoned line gets its own SIGBUS."""
         for block, data in enumerate(self.content):
             base = block * HPAGE_PMD_SIZE
             # A rollback leaves the pages of a file unmapped.
@@ -129,8 +123,11 @@ class Buffer:
             for low, high in self._healthy(base):
                 got = self.process.read(self.addr + low, high - low)
                 check(got == data[low - base : high - base], f"bytes [{low:#x}, {high:#x})")
+        lost: set[int] = set()
         for offset in self.bad_lines:
-            self._check_signal(self.addr + offset)
+            page = offset & -PAGE_SIZE
+            self._check_signal(self.addr + offset, self.addr + (offset if page in lost else page))
+            lost.add(page)
 
     def _healthy(self, base: int) -> Iterator[tuple[int, int]]:
         """The runs of good lines of the block at offset `base`."""
@@ -141,14 +138,16 @@ class Buffer:
                 low = offset + LINE
         yield low, end
 
-    def _check_signal(self, addr: int) -> None:
+    def _check_signal(self, addr: int, si_addr: int) -> None:
+        """The machine check tells of the page, which is taken away then; a fault, of the address.
+
+        Raises: Mismatch.
+        """
         try:
             self.process.read(addr, LINE)
         except BusError as error:
             told = (error.address, error.code, error.lsb)
-            # The second bad line of a page is met by way of the entry that the first has left.
-            where = (addr & -PAGE_SIZE, addr)
-            check(told[0] in where and told[1:] == (BUS_MCEERR_AR, 12), f"SIGBUS: {error}")
+            check(told == (si_addr, BUS_MCEERR_AR, 12), f"SIGBUS at {addr:#x}: {error}")
         else:
             raise Mismatch(f"a load from the poisoned line at {addr:#x} gets bytes")
 
