@@ -20,6 +20,7 @@ from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import (
     Pfns,
     PG_anon_exclusive,
+    PG_dirty,
     PG_has_hwpoisoned,
     PG_head,
     PG_hwpoison,
@@ -263,6 +264,8 @@ def _split_pmd_of_page(mem: Memory, head: int, table: int, pmd: int) -> None:
     mem.ram.words[table] = pfn_ptes(subpages, prot)
     if pages.flags[head] & PG_anon_exclusive:
         pages.flags[subpages] |= np.uint32(PG_anon_exclusive)
+    if pmd & PAGE_DIRTY:
+        pages.flags[head] |= np.uint32(PG_dirty)
     pages.refcount[head] += HPAGE_PMD_NR - 1
     pages.mapcount[subpages] += 1
 

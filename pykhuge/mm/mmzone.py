@@ -32,7 +32,7 @@ from pykhuge.mm.mm_types import (
     RegularInode,
     ShmemSuperBlock,
 )
-from pykhuge.mm.page import Pages, Pfns, PG_reserved, PG_uptodate, PG_zone_device
+from pykhuge.mm.page import Pages, Pfns, PG_reserved, PG_zone_device
 from pykhuge.mm.vmstat import NR_FREE_PAGES, VmStat
 
 __all__ = ["LOCAL_DISTANCE", "REMOTE_DISTANCE", "Memory", "Node", "SwapDevice", "ThpSettings"]
@@ -226,7 +226,7 @@ class Memory:
         self.pte_scanner = self._new_pte_scanner()
         self.nodes[0].used[0] = self.nodes[0].high = 1
         self.pages.refcount[0] = 1
-        self.pages.flags[0] = PG_reserved | PG_uptodate
+        self.pages.flags[0] = PG_reserved
         self.vmstat.mod_node(NR_FREE_PAGES, -1, 0)
 
     def _new_nodes(self, nr_pages_by_node: list[int]) -> list[Node]:

@@ -23,14 +23,20 @@ from pykhuge.procfs.maps import show_maps
 from pykhuge.procfs.meminfo import meminfo, show_meminfo, show_vmstat, vmstat
 from pykhuge.procfs.pagemap import pagemap
 from pykhuge.procfs.smaps import Smaps, show_smaps, show_smaps_rollup, smaps
+from pykhuge.procfs.status import show_status, show_swaps
 
 __all__ = ["Kpf", "Procfs", "Smaps", "vmstat"]
 
-_FILES: dict[str, Callable[[Memory], str]] = {"meminfo": show_meminfo, "vmstat": show_vmstat}
+_FILES: dict[str, Callable[[Memory], str]] = {
+    "meminfo": show_meminfo,
+    "swaps": show_swaps,
+    "vmstat": show_vmstat,
+}
 _OF_PROCESS: dict[str, Callable[[Memory, Mm], str]] = {
     "maps": show_maps,
     "smaps": show_smaps,
     "smaps_rollup": show_smaps_rollup,
+    "status": show_status,
 }
 
 

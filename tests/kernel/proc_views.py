@@ -7,7 +7,9 @@ first block before.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import mmap
 import os
 import re
 import struct
@@ -16,7 +18,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from kernel import file_layouts, layouts
-from kernel.layouts import BLOCK, NR, PAGE, Host
+from kernel.layouts import BLOCK, COLLAPSE, NR, PAGE, Host
 
 PFN = (1 << 55) - 1
 PRESENT = 1 << 63
@@ -32,6 +34,16 @@ def mappings(text: str, start: int, end: int) -> list[str]:
     """The parts of maps or smaps, a VMA each, that lie in [start, end)."""
     parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", text, flags=re.MULTILINE)[1:]
     return [part for part in parts if start <= int(part.partition("-")[0], 16) < end]
+
+
+def drain_batches() -> None:
+    """MADV_COLLAPSE first drains the LRU batches of all CPUs."""
+    scratch = mmap.mmap(-1, 2 * BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for block in (0, BLOCK):
+        scratch[block] = 1
+    with contextlib.suppress(OSError):
+        scratch.madvise(COLLAPSE)
+    scratch.close()
 
 
 def views(base: int) -> dict[str, object]:
@@ -59,6 +71,7 @@ def main(kind: str, layout: str) -> None:
         named[name](side)  # type: ignore[operator]
         if collapse:
             assert side.collapse() == 0
+        drain_batches()
         json.dump(views(side.base), sys.stdout)
     finally:
         side.end()

@@ -1,4 +1,4 @@
-"""/proc/pid/{maps,smaps,pagemap} and the pages' flags of layouts: this kernel's, and the model's."""
+"""What /proc says of a layout and of its pages: this kernel's, and the model's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from collapse_kit import small_machine
 from kernel import file_layouts, layouts, proc_views
-from kernel.layouts import BLOCK
+from kernel.layouts import BLOCK, NR
 from kernel.test_collapse import Model
 from kernel.test_file_collapse import FileModel
 
@@ -32,8 +32,11 @@ LATER_LINES = {"KSM", "ProtectionKey"}
 PM_MMAP_EXCLUSIVE, PM_UFFD_WP = 1 << 56, 1 << 57
 PM_FILE, PM_SWAP, PM_PRESENT = 1 << 61, 1 << 62, 1 << 63
 PM_FLAGS = PM_MMAP_EXCLUSIVE | PM_UFFD_WP | PM_FILE | PM_SWAP | PM_PRESENT
-# What depends on which CPU's batch a page is in, and on what reclaim has seen of it.
-HISTORY = Kpf.KPF_LRU | Kpf.KPF_ACTIVE | Kpf.KPF_REFERENCED | (1 << 25)
+# What depends on what reclaim has seen of a page.
+HISTORY = Kpf.KPF_ACTIVE | Kpf.KPF_REFERENCED | (1 << 25)  # KPF_IDLE
+# Since 6.10 a tail shows its folio's flags; these it shows at v6.4 too.
+OF_TAILS = Kpf.KPF_COMPOUND_TAIL | Kpf.KPF_THP | Kpf.KPF_MMAP | Kpf.KPF_ANON
+Views = dict[str, Any]
 
 
 def here(kind: str, layout: str) -> dict[str, Any]:
@@ -51,6 +54,7 @@ def in_model(kind: str, layout: str) -> dict[str, Any]:
     named[name](side)
     if collapse:
         assert side.collapse() == 0
+    machine.lru_add_drain_all()
     machine.audit()
     procfs, pid, end = machine.procfs, side.process.pid, side.base + 2 * BLOCK
     seen: dict[str, Any] = {
@@ -59,12 +63,13 @@ def in_model(kind: str, layout: str) -> dict[str, Any]:
     }
     seen["base"] = side.base
     seen["pagemap"] = procfs.pagemap(side.process, side.base, 2 * BLOCK).tolist()
-    present = [word & PM_PRESENT and word & proc_views.PFN for word in seen["pagemap"]]
     for view, read in (("kpageflags", procfs.kpageflags), ("kpagecount", procfs.kpagecount)):
         seen[view] = [
-            int(read(pfn, 1)[0]) if word & PM_PRESENT else None
-            for pfn, word in zip(present, seen["pagemap"], strict=True)
+            int(read(word & proc_views.PFN, 1)[0]) if word & PM_PRESENT else None
+            for word in seen["pagemap"]
         ]
+    blocks = (side.process.is_huge(side.base), side.process.is_huge(side.base + BLOCK))
+    seen["file_huge"] = [kind == "memfd" and blocks[page // NR] for page in range(2 * NR)]
     seen["smaps_rollup"] = procfs[f"{pid}/smaps_rollup"]
     seen["meminfo"] = procfs["meminfo"]
     return seen
@@ -85,25 +90,28 @@ def relative(lines: list[str], base: int) -> list[tuple[int, int, str, str]]:
     return found
 
 
-def fields(part: str) -> list[tuple[str, str]]:
-    """Names and text of the lines of one VMA in smaps."""
+def fields(part: str, *, aligned: bool = False) -> list[tuple[str, str]]:
+    """Names and text of the lines of a VMA in smaps; THPeligible `aligned`, as since 6.6."""
     pairs = [line.partition(":")[::2] for line in part.splitlines()[1:]]
-    return [(name, text) for name, text in pairs if name not in LATER_LINES]
+    return [
+        (name, f"{text.strip():>12}" if aligned and name == "THPeligible" else text)
+        for name, text in pairs
+        if name not in LATER_LINES
+    ]
 
 
 @pytest.fixture(scope="module")
-def seen() -> dict[tuple[str, str], tuple[dict[str, Any], dict[str, Any]]]:
+def seen() -> dict[tuple[str, str], tuple[Views, Views]]:
     return {}
 
 
 @pytest.fixture(params=KINDS, ids="-".join)
 def both(
-    request: pytest.FixtureRequest,
-    thp: None,
-    seen: dict[tuple[str, str], tuple[dict[str, Any], dict[str, Any]]],
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """This kernel's views of a layout, and the model's."""
+    request: pytest.FixtureRequest, seen: dict[tuple[str, str], tuple[Views, Views]]
+) -> tuple[Views, Views]:
+    """The views of a layout: the running kernel's, the model's."""
     kind, layout = request.param
+    request.getfixturevalue("thp")
     if "swapped" in layout:
         request.getfixturevalue("swap")
     if request.param not in seen:
@@ -111,46 +119,67 @@ def both(
     return seen[request.param]
 
 
-def test_maps_reads_as_in_the_running_kernel(
-    both: tuple[dict[str, Any], dict[str, Any]],
-) -> None:
+def test_maps_reads_as_in_the_running_kernel(both: tuple[Views, Views]) -> None:
     """VMAs, permissions, offsets, devices and paths, each in its column."""
     host, model = both
     assert relative(model["maps"], model["base"]) == relative(host["maps"], host["base"])
 
 
 def test_smaps_reads_as_in_the_running_kernel(
-    both: tuple[dict[str, Any], dict[str, Any]], kernel_version: tuple[int, int]
+    both: tuple[Views, Views], kernel_version: tuple[int, int]
 ) -> None:
     """Names, order, columns and values of all lines of v6.4."""
     host, model = both
-    for here, there in zip(host["smaps"], model["smaps"], strict=True):
-        expected, got = fields(here), fields(there)
-        if kernel_version >= (6, 6):  # aligned since then
-            got = [
-                (name, f"{text.strip():>16}" if name == "THPeligible" else text)
-                for name, text in got
-            ]
-        assert got == expected
+    for expected, got in zip(host["smaps"], model["smaps"], strict=True):
+        assert fields(got, aligned=kernel_version >= (6, 6)) == fields(expected)
+
+
+def test_smaps_rollup_has_the_lines_of_the_running_kernel(both: tuple[Views, Views]) -> None:
+    """The same names in the same order under a line of the same form."""
+    host, model = (side["smaps_rollup"] for side in both)
+    assert [name for name, _ in fields(model)] == [name for name, _ in fields(host)]
+    assert re.sub("^.*? ", "", model.splitlines()[0]) == re.sub("^.*? ", "", host.splitlines()[0])
 
 
 def test_pagemap_flags_are_those_of_the_running_kernel(
-    both: tuple[dict[str, Any], dict[str, Any]], kernel_version: tuple[int, int]
+    both: tuple[Views, Views], kernel_version: tuple[int, int]
 ) -> None:
     """Present, swapped, of a file, mapped once, page by page."""
-    host, model = both
-    expected, got = ([word & PM_FLAGS for word in side["pagemap"]] for side in both)
-    assert got == expected
+    host, model = ([word & PM_FLAGS for word in side["pagemap"]] for side in both)
+    if kernel_version >= (6, 11):
+        # Since then PM_FILE is set for what a PMD maps, too.
+        model = [
+            word | PM_FILE if file_huge else word
+            for word, file_huge in zip(model, both[1]["file_huge"], strict=True)
+        ]
+    assert model == host
 
 
 def test_kpageflags_and_kpagecount_are_those_of_the_running_kernel(
-    both: tuple[dict[str, Any], dict[str, Any]], kernel_version: tuple[int, int]
+    both: tuple[Views, Views], kernel_version: tuple[int, int]
 ) -> None:
     """What depends on a page's history is left out."""
-    host, model = both
-    flags = [
-        [None if word is None else Kpf(word & ~HISTORY) for word in side["kpageflags"]]
-        for side in both
-    ]
-    assert flags[1] == flags[0]
-    assert model["kpagecount"] == host["kpagecount"]
+    host, model = ([shown(word, kernel_version) for word in side["kpageflags"]] for side in both)
+    assert model == host
+    assert both[1]["kpagecount"] == both[0]["kpagecount"]
+
+
+def shown(word: int | None, kernel_version: tuple[int, int]) -> Kpf | None:
+    if word is None:
+        return None
+    later = kernel_version >= (6, 10) and word & Kpf.KPF_COMPOUND_TAIL
+    return Kpf(word & (OF_TAILS if later else ~HISTORY))
+
+
+@pytest.mark.usefixtures("thp")
+def test_meminfo_has_lines_of_the_running_kernel() -> None:
+    """Names in the kernel's order, numbers in its columns."""
+    host, model = (side("anon", "full")["meminfo"].splitlines() for side in (here, in_model))
+    found = {line.partition(":")[0]: line for line in host}
+    # A kernel without CONFIG_MEMORY_FAILURE has no line of it.
+    if "HardwareCorrupted" not in found:
+        model = [line for line in model if not line.startswith("HardwareCorrupted:")]
+    names = [line.partition(":")[0] for line in model]
+    assert names == [name for name in found if name in names]
+    for line in model:
+        assert len(line) == len(found[line.partition(":")[0]])
