@@ -61,27 +61,30 @@ def test_the_files_are_those_of_the_machine_and_of_every_process(make_machine: M
     machine = make_machine()
     parent = machine.process()
     child = parent.fork()
-    views = ("maps", "smaps", "smaps_rollup")
+    views = ("maps", "smaps", "smaps_rollup", "status")
     names = [f"{process.pid}/{view}" for process in (parent, child) for view in views]
-    assert list(machine.procfs) == ["meminfo", "vmstat", *names]
-    assert len(machine.procfs) == 8
+    assert list(machine.procfs) == ["meminfo", "swaps", "vmstat", *names]
+    assert len(machine.procfs) == 11
     assert all(isinstance(text, str) for text in machine.procfs.values())
 
 
+@pytest.mark.usefixtures("process")
 @pytest.mark.parametrize("name", ["nothing", "1/nothing", "99/smaps", "smaps", "", "x/smaps"])
 def test_a_name_that_is_not_there_is_an_error_that_says_what_is(
-    machine: Machine, process: Process, name: str
+    machine: Machine, name: str
 ) -> None:
     """FileNotFoundError, and not in the mapping."""
     assert name not in machine.procfs
-    with pytest.raises(FileNotFoundError, match=f"{name}: allowed meminfo, vmstat, {process.pid}/"):
+    with pytest.raises(FileNotFoundError, match=f"{name}: allowed meminfo, swaps, vmstat, "):
         machine.procfs[name]
 
 
 def test_a_process_that_has_exited_has_no_files(machine: Machine, process: Process) -> None:
     """Neither text nor numbers."""
     process.exit()
-    with pytest.raises(FileNotFoundError, match=f"{process.pid}/smaps: allowed meminfo, vmstat"):
+    with pytest.raises(
+        FileNotFoundError, match=f"{process.pid}/smaps: allowed meminfo, swaps, vmstat"
+    ):
         machine.procfs[f"{process.pid}/smaps"]
     for read in (machine.procfs.smaps, lambda dead: machine.procfs.pagemap(dead, 0, PAGE)):
         with pytest.raises(FileNotFoundError, match=f"{process.pid}: allowed"):
