@@ -12,7 +12,7 @@ from collapse_kit import HPAGE, NR, PAGE, MakeMachine, advised, faults
 
 from pykhuge import Advice, Machine, Process
 from pykhuge.hw.memory import HPAGE_PMD_NR
-from pykhuge.mm.page import PG_hwpoison
+from pykhuge.mm.page import PG_hwpoison, PG_referenced, PG_young
 from pykhuge.mm.page_table import (
     SWP_HWPOISON,
     SWP_MIGRATION_READ,
@@ -89,6 +89,13 @@ def test_a_process_that_has_exited_has_no_files(machine: Machine, process: Proce
     for read in (machine.procfs.smaps, lambda dead: machine.procfs.pagemap(dead, 0, PAGE)):
         with pytest.raises(FileNotFoundError, match=f"{process.pid}: allowed"):
             read(process)
+
+
+def test_a_process_on_its_way_out_has_no_files(machine: Machine, process: Process) -> None:
+    """Its mm is still there, and is nobody's."""
+    process.mm.mm_users = 0
+    assert list(machine.procfs) == ["meminfo", "vmstat"]
+    process.mm.mm_users = 1
 
 
 def test_the_files_are_read_only(machine: Machine) -> None:
@@ -344,6 +351,39 @@ def test_swap_of_shmem_is_found_in_the_file(machine: Machine, process: Process) 
         assert some(entry(machine, process, at).fields, "Swap", "SwapPss") == (swap, 0)
 
 
+def test_swap_of_shmem_counts_whole_where_a_mapping_has_nothing_of_its_own(
+    machine: Machine, process: Process
+) -> None:
+    """Under a marker of a shared mapping, and in a private one that may not be written to."""
+    memfd = process.memfd_create("m")
+    process.ftruncate(memfd, 8 * PAGE)
+    shared = process.mmap(8 * PAGE, file=memfd, shared=True)
+    process.write(shared, b"x" * (8 * PAGE))
+    private = process.mmap(8 * PAGE, file=memfd)
+    process.write(private + PAGE, b"y")
+    process.mprotect(private, 8 * PAGE, 1)
+    uffd = process.userfaultfd()
+    uffd.register(shared, 8 * PAGE, missing=False, wp=True)
+    uffd.writeprotect(shared, 2 * PAGE)
+    process.madvise(shared, 8 * PAGE, Advice.MADV_PAGEOUT)
+    assert entry(machine, process, shared).fields["Swap"] == 32
+    assert entry(machine, process, private).fields["Swap"] == 32
+
+
+def test_referenced_is_what_the_entry_or_the_page_remembers(
+    machine: Machine, process: Process
+) -> None:
+    """A child's entries are old, until it or anybody else is known to have used the page."""
+    where = process.mmap(4 * PAGE)
+    process.write(where, b"x" * (4 * PAGE))
+    child = process.fork()
+    assert entry(machine, process, where).fields["Referenced"] == 16
+    assert entry(machine, child, where).fields["Referenced"] == 0
+    machine.mem.pages.flags[process.pfn(where) or 0] |= np.uint32(PG_young)
+    machine.mem.pages.flags[process.pfn(where + PAGE) or 0] |= np.uint32(PG_referenced)
+    assert entry(machine, child, where).fields["Referenced"] == 8
+
+
 def test_mlocked_and_lazily_freed_memory_show(machine: Machine, process: Process) -> None:
     """Locked is a share of Pss, LazyFree what reclaim may drop."""
     locked, lazy = process.mmap(4 * PAGE, addr=0x10000), process.mmap(4 * PAGE, addr=0x20000)
@@ -354,6 +394,8 @@ def test_mlocked_and_lazily_freed_memory_show(machine: Machine, process: Process
     assert some(found.fields, "Locked", "LazyFree") == (16, 0)
     assert "lo" in found.flags
     assert some(entry(machine, process, lazy).fields, "Locked", "LazyFree") == (0, 8)
+    process.write(lazy, b"y")
+    assert some(entry(machine, process, lazy).fields, "Locked", "LazyFree") == (0, 4)
 
 
 def test_thp_eligible_asks_the_knobs_and_the_mapping(
@@ -400,6 +442,9 @@ def test_vm_flags_of_advice_and_of_read_only_files(
     shared = process.mmap(PAGE, file=process.open(str(path)), shared=True, prot=1)
     assert entry(machine, process, shared).flags == ("rd", "mr", "me", "ms")
     where = process.mmap(PAGE)
+    process.write(where, b"x")
+    process.mprotect(where, PAGE, 1)
+    assert entry(machine, process, where).flags == ("rd", "mr", "mw", "me", "ac")
     for advice, name in ((14, "hg"), (15, "nh"), (10, "dc"), (18, "wf")):
         process.madvise(where, PAGE, advice)
         assert name in entry(machine, process, where).flags
@@ -493,6 +538,9 @@ def test_pagemap_and_smaps_of_entries_that_name_a_page(machine: Machine, process
     pfn = process.pfn(where) or 0
     old = set_pte(machine, process, where, make_swap_pte(SWP_MIGRATION_READ, pfn))
     assert word(machine, process, where) == SWAP | 24 | pfn << 5
+    set_pte(machine, process, where, old)
+    process.fork()
+    old = set_pte(machine, process, where, make_swap_pte(SWP_MIGRATION_READ, pfn))
     found = entry(machine, process, where).fields
     assert some(found, "Rss", "Pss", "Private_Clean", "Swap") == (4, 4, 4, 0)
     set_pte(machine, process, where, make_swap_pte(SWP_HWPOISON, pfn))
@@ -529,6 +577,18 @@ def test_pagemap_takes_whole_pages_of_user_space(
     """ValueError with the bounds."""
     with pytest.raises(ValueError, match=message):
         machine.procfs.pagemap(process, addr, length)
+
+
+def test_pagemap_asks_the_head_how_often_a_huge_page_is_mapped(
+    machine: Machine, process: Process, block: int
+) -> None:
+    """As at v6.4: bit 56 of every page of a PMD is the first one's."""
+    process.write(block, b"x")
+    child = process.fork()
+    assert not word(machine, process, block + 5 * PAGE) & EXCLUSIVE
+    child.munmap(block, PAGE)
+    assert word(machine, process, block + 5 * PAGE) & EXCLUSIVE
+    assert not word(machine, child, block + 5 * PAGE) & EXCLUSIVE
 
 
 # kpageflags and kpagecount

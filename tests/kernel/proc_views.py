@@ -14,14 +14,37 @@ import os
 import re
 import struct
 import sys
+from collections.abc import Callable
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from kernel import file_layouts, layouts
-from kernel.layouts import BLOCK, COLLAPSE, NR, PAGE, Host
+from kernel import file_layouts
+from kernel.layouts import BLOCK, COLLAPSE, DONTNEED, HUGEPAGE, LAYOUTS, NR, PAGE, Host, Side
 
 PFN = (1 << 55) - 1
 PRESENT = 1 << 63
+
+
+def huge_and_forked(side: Side) -> None:
+    side.madvise(0, 2 * NR, HUGEPAGE)
+    side.write(0, NR)
+    side.fork()
+
+
+def huge_zero_page(side: Side) -> None:
+    side.madvise(0, 2 * NR, HUGEPAGE)
+    side.read(0, 1)
+
+
+def huge_forked_and_split(side: Side) -> None:
+    huge_and_forked(side)
+    side.madvise(5, 1, DONTNEED)
+
+
+ANON: dict[str, Callable[..., None]] = LAYOUTS | {
+    layout.__name__: layout for layout in (huge_and_forked, huge_zero_page, huge_forked_and_split)
+}
+MEMFD: dict[str, Callable[..., None]] = file_layouts.SAME | file_layouts.DIFFERENT
 
 
 def words(path: str, first: int, nr: int) -> tuple[int, ...]:
@@ -66,9 +89,8 @@ def views(base: int) -> dict[str, object]:
 def main(kind: str, layout: str) -> None:
     side: Host = Host() if kind == "anon" else file_layouts.FileHost()
     name, _, collapse = layout.partition("+")
-    named = layouts.LAYOUTS if kind == "anon" else file_layouts.SAME | file_layouts.DIFFERENT
     try:
-        named[name](side)  # type: ignore[operator]
+        (ANON if kind == "anon" else MEMFD)[name](side)
         if collapse:
             assert side.collapse() == 0
         drain_batches()

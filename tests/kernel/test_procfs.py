@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import re
 import subprocess
 import sys
@@ -11,8 +12,8 @@ from typing import Any
 
 import pytest
 from collapse_kit import small_machine
-from kernel import file_layouts, layouts, proc_views
-from kernel.layouts import BLOCK, NR
+from kernel import proc_views
+from kernel.layouts import BLOCK, NR, PAGE, PROT_READ
 from kernel.test_collapse import Model
 from kernel.test_file_collapse import FileModel
 
@@ -21,9 +22,9 @@ from pykhuge.procfs import Kpf
 COLLAPSED = ("full", "holes", "zero_pages_mixed", "lazily_freed", "mlocked")
 FILES_COLLAPSED = ("full", "holes", "two_processes", "mapped_everywhere")
 KINDS = [
-    *[("anon", layout) for layout in layouts.LAYOUTS],
+    *[("anon", layout) for layout in proc_views.ANON],
     *[("anon", f"{layout}+collapse") for layout in COLLAPSED],
-    *[("memfd", layout) for layout in file_layouts.SAME | file_layouts.DIFFERENT],
+    *[("memfd", layout) for layout in proc_views.MEMFD],
     *[("memfd", f"{layout}+collapse") for layout in FILES_COLLAPSED],
 ]
 
@@ -50,8 +51,7 @@ def in_model(kind: str, layout: str) -> dict[str, Any]:
     machine = small_machine("64M", swap="8M")
     side = Model(machine) if kind == "anon" else FileModel(machine)
     name, _, collapse = layout.partition("+")
-    named: Any = layouts.LAYOUTS if kind == "anon" else file_layouts.SAME | file_layouts.DIFFERENT
-    named[name](side)
+    (proc_views.ANON if kind == "anon" else proc_views.MEMFD)[name](side)
     if collapse:
         assert side.collapse() == 0
     machine.lru_add_drain_all()
@@ -69,7 +69,8 @@ def in_model(kind: str, layout: str) -> dict[str, Any]:
             for word in seen["pagemap"]
         ]
     blocks = (side.process.is_huge(side.base), side.process.is_huge(side.base + BLOCK))
-    seen["file_huge"] = [kind == "memfd" and blocks[page // NR] for page in range(2 * NR)]
+    other = kind == "memfd" or layout == "huge_zero_page"
+    seen["huge_not_anon"] = [other and blocks[page // NR] for page in range(2 * NR)]
     seen["smaps_rollup"] = procfs[f"{pid}/smaps_rollup"]
     seen["meminfo"] = procfs["meminfo"]
     return seen
@@ -147,10 +148,10 @@ def test_pagemap_flags_are_those_of_the_running_kernel(
     """Present, swapped, of a file, mapped once, page by page."""
     host, model = ([word & PM_FLAGS for word in side["pagemap"]] for side in both)
     if kernel_version >= (6, 11):
-        # Since then PM_FILE is set for what a PMD maps, too.
+        # Since then PM_FILE is set for what a PMD maps too, and so for the huge zero page.
         model = [
-            word | PM_FILE if file_huge else word
-            for word, file_huge in zip(model, both[1]["file_huge"], strict=True)
+            word | PM_FILE if huge else word
+            for word, huge in zip(model, both[1]["huge_not_anon"], strict=True)
         ]
     assert model == host
 
@@ -169,6 +170,26 @@ def shown(word: int | None, kernel_version: tuple[int, int]) -> Kpf | None:
         return None
     later = kernel_version >= (6, 10) and word & Kpf.KPF_COMPOUND_TAIL
     return Kpf(word & (OF_TAILS if later else ~HISTORY))
+
+
+def test_maps_of_a_file_reads_as_in_the_running_kernel(tmp_path: Path) -> None:
+    """Device, inode number and path, letter for letter."""
+    path = tmp_path / "text"
+    path.write_bytes(b"x" * (3 * PAGE))
+    with path.open("rb") as file:
+        args = {"flags": mmap.MAP_PRIVATE, "prot": mmap.PROT_READ, "offset": PAGE}
+        mapping = mmap.mmap(file.fileno(), 2 * PAGE, **args)
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        mapping.close()
+    host = next(line for line in lines if line.endswith(str(path)))
+    machine = small_machine("64M")
+    process = machine.process()
+    start = int(host.partition("-")[0], 16)
+    process.mmap(
+        2 * PAGE, addr=start, fixed=True, file=process.open(str(path)), offset=PAGE, prot=PROT_READ
+    )
+    assert machine.procfs[f"{process.pid}/maps"] == host + "\n"
+    machine.audit()
 
 
 @pytest.mark.usefixtures("thp")

@@ -106,15 +106,17 @@ def check_pagemap(machine: Machine, process: Process) -> npt.NDArray[np.int64]:
     return pfns[~zero]
 
 
-@given(st.lists(calls, max_size=25))
+@given(st.lists(calls, max_size=25), st.sampled_from(("always", "madvise")))
 @settings(
     max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 def test_the_views_agree_with_one_another_and_with_the_counters(
     steps: list[tuple[int, tuple[str | Advice, tuple[int, int]]]],
+    enabled: str,
 ) -> None:
     """Parts of Rss, shares of all sharers, rss_stat, process.pfn and mapcounts."""
     machine = small_machine("64M", swap="16M")
+    machine.thp.enabled = enabled
     processes = [first_process(machine)]
     for which, (what, at) in steps:
         with suppress(OSError, SegmentationFault):
