@@ -94,7 +94,7 @@ def test_a_process_that_has_exited_has_no_files(machine: Machine, process: Proce
 def test_a_process_on_its_way_out_has_no_files(machine: Machine, process: Process) -> None:
     """Its mm is still there, and is nobody's."""
     process.mm.mm_users = 0
-    assert list(machine.procfs) == ["meminfo", "vmstat"]
+    assert list(machine.procfs) == ["meminfo", "swaps", "vmstat"]
     process.mm.mm_users = 1
 
 
