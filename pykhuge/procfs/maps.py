@@ -10,6 +10,7 @@ from pykhuge.mm.mm_types import (
     VM_READ,
     VM_SHARED,
     VM_WRITE,
+    Inode,
     Mm,
     RegularInode,
     ShmemInode,
@@ -25,7 +26,7 @@ NAME_COLUMN = 73
 
 def show_maps(mem: Memory, mm: Mm) -> str:
     """The text of /proc/pid/maps."""
-    return "".join(map(map_line, [mem] * len(mm.vmas), mm.vmas))
+    return "".join(map_line(mem, vma) for vma in mm.vmas)
 
 
 def map_line(mem: Memory, vma: Vma) -> str:
@@ -57,7 +58,7 @@ def header(
     return f"{start:08x}-{end:08x} {letters} {offset:08x} {major:02x}:{minor:02x} {number} "
 
 
-def _device_and_number(mem: Memory, inode: object) -> tuple[tuple[int, int], int]:
+def _device_and_number(mem: Memory, inode: Inode) -> tuple[tuple[int, int], int]:
     if isinstance(inode, RegularInode):
         device, number = next(key for key, each in mem.regular_inodes.items() if each is inode)
         return (os.major(device), os.minor(device)), number
