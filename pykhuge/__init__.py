@@ -7,7 +7,7 @@ from pykhuge.kernel.panic import KernelBug, KernelPanic
 from pykhuge.kernel.sched import WouldBlock
 from pykhuge.khugepaged.scan_result import CollapseError, ScanResult
 from pykhuge.machine import Machine
-from pykhuge.mm.errors import BusError, SegmentationFault, UserFault
+from pykhuge.mm.errors import BusError, SegmentationFault, Signal, UserFault
 from pykhuge.mm.highmem import (
     DestinationFault,
     MachineCheck,
@@ -40,6 +40,7 @@ __all__ = [
     "Process",
     "ScanResult",
     "SegmentationFault",
+    "Signal",
     "UserFault",
     "WouldBlock",
     "copy_highpage",

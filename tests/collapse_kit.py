@@ -52,6 +52,15 @@ def faults(machine: Process | Machine, enabled: str) -> Iterator[None]:
         thp.enabled = before
 
 
+def refused(call: Callable[[], object]) -> int | None:
+    """The errno of a call; None if it went well."""
+    try:
+        call()
+    except OSError as error:
+        return error.errno
+    return None
+
+
 def page_bytes(number: int) -> bytes:
     """A page in which every 8-byte word differs from every other, in this page and in others."""
     words = np.arange(number * NR + 1, (number + 1) * NR + 1, dtype=np.uint64)

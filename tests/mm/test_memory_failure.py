@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from collapse_kit import (
     fill,
     page_bytes,
     pageout,
+    refused,
     rss,
 )
 from file_kit import memfd, shmem_block
@@ -55,15 +55,6 @@ def failures(machine: Machine) -> list[str]:
         for text in texts
         if text.startswith("Memory failure: ")
     ]
-
-
-def refused(call: Callable[[], object]) -> int | None:
-    """The errno of a call; None if it went well."""
-    try:
-        call()
-    except OSError as error:
-        return error.errno
-    return None
 
 
 def touched(process: Process, addr: int, *, write: bool = False) -> tuple[int, int, int] | None:

@@ -8,22 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from collapse_kit import HPAGE, PAGE, MakeMachine, advised, block_bytes, page_bytes, pageout
+from collapse_kit import (
+    HPAGE,
+    PAGE,
+    MakeMachine,
+    advised,
+    block_bytes,
+    page_bytes,
+    pageout,
+    refused,
+)
 from file_kit import memfd
 
 from pykhuge import Advice, KernelPanic, Machine, Process
 from pykhuge.mm.page import PG_hwpoison
 
 OFFLINE = Advice.MADV_SOFT_OFFLINE
-
-
-def refused(call: Callable[[], object]) -> int | None:
-    """The errno of a call; None if it went well."""
-    try:
-        call()
-    except OSError as error:
-        return error.errno
-    return None
 
 
 def anonymous(process: Process) -> int:

@@ -93,7 +93,7 @@ class Operations(RuleBasedStateMachine):
     # How many of its steps count for the total: some examples end early.
     STEPS_AN_EXAMPLE = 30
     # Outcomes of collapses without which a run would not be worth much.
-    WANTED: ClassVar = {"SCAN_SUCCEED", "SCAN_ALLOC_HUGE_PAGE_FAIL"}
+    WANTED: ClassVar = {"SCAN_SUCCEED"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -664,7 +664,7 @@ class PausedCollapses(Operations):
 
     # A rule takes many of them, with an audit after each.
     STEPS_AN_EXAMPLE = 30
-    WANTED: ClassVar = {"SCAN_SUCCEED", "SCAN_ALLOC_HUGE_PAGE_FAIL"}
+    WANTED: ClassVar = {"SCAN_SUCCEED"}
 
     def __init__(self) -> None:
         super().__init__()

@@ -6,9 +6,10 @@ import mmap
 import os
 
 import numpy as np
+import numpy.typing as npt
 
 import pykhuge
-from pykhuge import Advice, CollapseError, File, Machine, MachineCheck, Process, ScanResult
+from pykhuge import Advice, CollapseError, File, Machine, MachineCheck, Process, ScanResult, Signal
 
 to, source = mmap.mmap(-1, 4096), bytes(4096)
 not_copied: int = pykhuge.copy_mc_highpage(to, source, bad_lines=1)
@@ -38,4 +39,20 @@ counters: dict[str, int] = machine.vmstat()
 with machine.ledger() as ledger:
     process.munmap(addr, 2 << 20)
 balance: dict[tuple[str, str], int] = ledger.balance()
+millisecs: float = machine.khugepaged.step()
+came: bool = machine.khugepaged.run(until=60) and machine.khugepaged.run(lambda: True)
+for millisecs in machine.khugepaged.delays():
+    machine.clock.advance_to(int(millisecs * 1_000_000))
+machine.khugepaged_settings.pages_to_scan = 512
+machine.sysfs["khugepaged/max_ptes_none"] = "256\n"
+text: str = machine.sysfs["enabled"]
+process.mce_kill = "early"
+machine.memory_failure(7, injected=True)
+machine.unpoison_memory(7)
+machine.soft_offline_page(8)
+signals: list[Signal] = process.signals
+text = machine.procfs["meminfo"]
+sizes: dict[str, int] = machine.procfs.smaps(process)[0].fields
+words: npt.NDArray[np.uint64] = machine.procfs.pagemap(process, addr, 2 << 20)
+words = machine.procfs.kpageflags(0, 512)
 machine.audit()
