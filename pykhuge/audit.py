@@ -39,6 +39,7 @@ from pykhuge.mm.page import (
     PG_dirty,
     PG_frozen,
     PG_head,
+    PG_hwpoison,
     PG_in_flight,
     PG_isolated,
     PG_locked,
@@ -135,6 +136,7 @@ def audit(mem: Memory) -> None:
     _check_memcgs(mem, recount, used)
     _check_locks(mem, recount)
     _check_mm_slots(mem, recount)
+    _check_hwpoison(mem, recount, used)
     if recount.findings:
         raise KernelBug(*recount.findings)
 
@@ -577,6 +579,17 @@ def _check_locks(mem: Memory, recount: Recount) -> None:
         _check_holders(mm.name, locks, recount)
     for inode in mem.inodes:
         _check_holders(inode.name, [inode.i_rwsem, inode.i_mapping.i_mmap_rwsem], recount)
+
+
+def _check_hwpoison(mem: Memory, recount: Recount, used: Pfns) -> None:
+    """Every bad page is counted once, and what memory_failure keeps is bad."""
+    bad = used[mem.pages.flags[used] & np.uint32(PG_hwpoison) != 0]
+    counted = mem.num_poisoned_pages - mem.hwpoison.device
+    recount.expect("num_poisoned_pages", counted, len(bad))
+    recount.findings.extend(
+        f"page {pfn:#x} is kept by memory_failure, and is not bad"
+        for pfn in sorted(mem.hwpoison.refs - set(bad.tolist()))
+    )
 
 
 def _check_mm_slots(mem: Memory, recount: Recount) -> None:

@@ -327,7 +327,17 @@ def slot_overfull(scene: Scene) -> None:
     registered(scene).mm_slot.pte_mapped_thp.extend(range(9))
 
 
+def poisoned_uncounted(scene: Scene) -> None:
+    scene.mem.pages.flags[scene.pfn()] |= np.uint32(PG_hwpoison)
+
+
+def good_page_kept(scene: Scene) -> None:
+    scene.mem.hwpoison.refs.add(scene.pfn())
+
+
 CORRUPTIONS |= {
+    "a bad page that is not counted": (poisoned_uncounted, "num_poisoned_pages is 0, recount 1"),
+    "a good page kept as bad": (good_page_kept, "is kept by memory_failure, and is not bad"),
     "a registered mm in no list": (unlisted_slot, "the daemon is at .*, not one of its list"),
     "a slot without the flag": (slot_without_flag, r"slots in the daemon's list is 1, recount"),
     "a slot listed twice": (slot_listed_twice, r"slots in the daemon's list is 2, recount"),

@@ -102,7 +102,7 @@ class Khugepaged:
         Args:
             until: seconds since boot, or a condition, looked at after every turn.
         Returns: whether `until` has come; False if the daemon sleeps for ever before that.
-        Raises: ValueError for a time that has passed; what `step` raises.
+        Raises: ValueError for a time that has passed, or is none; what `step` raises.
         """
         clock = self.mem.clock
         if callable(until):
@@ -112,6 +112,8 @@ class Khugepaged:
                 clock.advance_to(int(self._sleep_expire_ns))
                 self.step()
             return True
+        if not isinstance(until, (int, float)) or not math.isfinite(until):
+            raise ValueError(f"until={until!r}: allowed a number of seconds, or a condition")
         end_ns = round(until * NSEC_PER_SEC)
         if end_ns < clock.now_ns:
             raise ValueError(f"until={until}: allowed {clock.now_ns / NSEC_PER_SEC} s and later")

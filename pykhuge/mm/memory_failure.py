@@ -114,6 +114,7 @@ def memory_failure(
     pages = mem.pages
     if mem.is_device(pfn):
         _put_if(mem, pfn, count_increased)
+        mem.hwpoison.device += 1
         _action_result(mem, pfn, "dax page", FAILED)
         return errno.ENXIO
     if pages.flags[pfn] & PG_hwpoison:

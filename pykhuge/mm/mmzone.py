@@ -93,11 +93,13 @@ class HwPoison:
     """What memory_failure keeps.
 
     refs: bad pages that it holds by a reference, for good. queue: pages it has still to deal with.
+    device: pages of devices among num_poisoned_pages, which are not marked.
     hw_memory_failure: it was not always injected. early_kill, recovery: /proc/sys/vm.
     """
 
     refs: set[int] = field(default_factory=set)
     queue: list[int] = field(default_factory=list)
+    device: int = 0
     hw_memory_failure: bool = False
     early_kill: bool = False
     recovery: bool = True

@@ -394,6 +394,9 @@ def test_run_refuses_a_time_that_has_passed(machine: Machine) -> None:
     with pytest.raises(ValueError, match=r"until=1: allowed 2.0 s and later"):
         machine.khugepaged.run(until=1)
     assert machine.clock.now_ns == 2_000_000_000
+    for no_time in ("3", math.inf, math.nan, None):
+        with pytest.raises(ValueError, match=rf"until={no_time!r}: allowed a number of seconds"):
+            machine.khugepaged.run(no_time)  # type: ignore[arg-type]
 
 
 def test_a_daemon_that_never_sleeps_lets_time_pass(machine: Machine) -> None:
