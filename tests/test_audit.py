@@ -35,6 +35,7 @@ from pykhuge.kernel.locking import READ
 from pykhuge.mm import page as pg
 from pykhuge.mm import vmstat as vs
 from pykhuge.mm.mm_types import MMF_VM_HUGEPAGE, RegularInode, ShmemInode
+from pykhuge.mm.page import PG_hwpoison
 from pykhuge.mm.page_table import PAGE_RW, make_swap_pte
 from pykhuge.mm.regular_file import filemap_flush
 from pykhuge.mm.rmap import pmd_of, set_pmd

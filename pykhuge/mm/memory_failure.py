@@ -112,7 +112,7 @@ def memory_failure(
     yield from _foresee_waits(mem, pfn)
     mem.hwpoison.hw_memory_failure |= not sw_simulated
     pages = mem.pages
-    if mem.is_device(pfn):
+    if pfn >= mem.device_start:
         _put_if(mem, pfn, count_increased)
         mem.hwpoison.device += 1
         _action_result(mem, pfn, "dax page", FAILED)

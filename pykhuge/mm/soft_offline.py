@@ -68,7 +68,7 @@ def soft_offline_page(mem: Memory, pfn: int, *, count_increased: bool = False) -
     pages, one = mem.pages, np.array([pfn])
     head = pages.head_of(pfn)
     yield Foresee(f"page {head:#x} is unlocked", lambda: not pages.flags[head] & PG_locked)
-    if mem.is_device(pfn):
+    if pfn >= mem.device_start:
         if count_increased:
             put_pages(mem, one)
         return errno.EIO

@@ -416,6 +416,7 @@ def test_device_memory_is_the_drivers_affair(machine: Machine, process: Process,
     pfn = process.migrate_to_device(page)
     assert refused(lambda: machine.memory_failure(pfn)) == errno.ENXIO
     assert failures(machine) == ["recovery action for dax page: Failed"]
+    assert refused(lambda: machine.memory_failure(pfn + 1)) == errno.ENXIO  # a free one
     assert process.read(page, PAGE) == page_bytes(1)
 
 
