@@ -27,7 +27,7 @@ def lacking(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def kernel_version() -> tuple[int, int]:
     """Major and minor number of the running kernel."""
     major, minor = re.findall(r"\d+", platform.release())[:2]
@@ -46,7 +46,7 @@ def turned(knob: Path, value: str) -> Iterator[None]:
         knob.write_text(chosen[1] if chosen else old)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def thp(kernel_version: tuple[int, int]) -> Iterator[None]:
     """Transparent huge pages of 2 MiB on advice only, and no smaller ones."""
     if os.geteuid():
@@ -68,7 +68,7 @@ def thp(kernel_version: tuple[int, int]) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def tracefs() -> Iterator[Path]:
     """Where tracefs is mounted."""
     mounted = (TRACEFS / "instances").exists()
@@ -97,7 +97,7 @@ def huge_memory_trace(tracefs: Path) -> Iterator[Path]:
         instance.rmdir()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def swap() -> Iterator[None]:
     """A swap device in compressed memory, taken down afterwards."""
     if not ZRAM.exists():

@@ -55,6 +55,7 @@ from pykhuge.mm.errors import BUS_ADRERR, BUS_MCEERR_AR, BusError, SegmentationF
 from pykhuge.mm.gup import UserPages
 from pykhuge.mm.huge_memory import OutOfMemory
 from pykhuge.mm.mm_types import File, ShmemInode
+from pykhuge.mm.xarray import SWAPIN_ERROR
 from pykhuge.process import PROT_EXEC, PROT_NONE, PROT_READ, PROT_WRITE, Advice, Process
 
 MAX_PROCESSES = 3
@@ -296,7 +297,8 @@ class FileOperations(RuleBasedStateMachine):
 
     def zero_part(self, file: ShadowFile, low: int, high: int) -> None:
         """Part of a page is zeroed; one that could not be swapped in for it stays as it is."""
-        if low < high and file.inode.i_mapping.i_pages.load(low // PAGE) >= 0:
+        entry = file.inode.i_mapping.i_pages.load(low // PAGE)
+        if low < high and not SWAPIN_ERROR <= entry < 0:
             file.zero(low, high)
 
     @rule(number=who, where=which, part=byte_ranges, keep_size=st.booleans())
