@@ -88,6 +88,14 @@ static int too_far(const struct scan *scan, int nid)
 	return 0;
 }
 
+static int is_shared(const struct scan *scan, int64_t pfn, int64_t head, int compound)
+{
+	const struct pykhuge_pages *pages = scan->pages;
+	if (compound && scan->limits->folios)
+		return (pages->flags[head] & PYKHUGE_PG_MAPPED_SHARED) != 0;
+	return pages->mapcount[pfn] + (compound ? pages->entire_mapcount[head] : 0) > 1;
+}
+
 static int scan_page(struct scan *scan, int64_t pfn, uint64_t pte)
 {
 	const struct pykhuge_pages *pages = scan->pages;
@@ -97,11 +105,13 @@ static int scan_page(struct scan *scan, int64_t pfn, uint64_t pte)
 	uint32_t flags = pages->flags[head];
 	int compound = (own & (PYKHUGE_PG_HEAD | PYKHUGE_PG_TAIL)) != 0;
 
-	found->page = pfn;
+	if (!scan->limits->folios)
+		found->page = pfn;
 	if (flags & PYKHUGE_PG_ZONE_DEVICE)
 		return PYKHUGE_SCAN_PAGE_NULL;
-	if (pages->mapcount[pfn] + (compound ? pages->entire_mapcount[head] : 0) > 1 &&
-	    ++scan->shared > scan->limits->shared)
+	if (scan->limits->folios)
+		found->page = head;
+	if (is_shared(scan, pfn, head, compound) && ++scan->shared > scan->limits->shared)
 		return PYKHUGE_SCAN_EXCEED_SHARED_PTE;
 
 	found->page = head;
@@ -140,7 +150,7 @@ static int scan_entry(struct scan *scan, uint64_t pte)
 static int worth_it(const struct scan *scan)
 {
 	const struct pykhuge_scanned *found = scan->found;
-	if (!found->writable)
+	if (!found->writable && !scan->limits->read_only)
 		return PYKHUGE_SCAN_PAGE_RO;
 	if (scan->limits->daemon &&
 	    (!found->referenced || (found->unmapped && found->referenced < PYKHUGE_PTES / 2)))

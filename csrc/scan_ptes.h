@@ -32,6 +32,7 @@ enum {
 	PYKHUGE_PG_YOUNG = 0x4000,
 	PYKHUGE_PG_ANON = 0x10000,
 	PYKHUGE_PG_ZONE_DEVICE = 0x40000,
+	PYKHUGE_PG_MAPPED_SHARED = 0x20000000,
 };
 
 /* enum scan_result, as far as this scan gives it. */
@@ -66,7 +67,9 @@ struct pykhuge_pages {
 };
 
 /* How many entries of a kind may pass. daemon: "young" is asked for; notified: a secondary MMU says so of
- * every entry. reclaim_distance: farther nodes are not put together; negative: whatever the distance. */
+ * every entry. reclaim_distance: farther nodes are not put together; negative: whatever the distance.
+ * folios: a compound page is shared as a whole, as PG_MAPPED_SHARED of its head says, and it is the head
+ * that is told. read_only: a table without a writable entry is worth it too. */
 struct pykhuge_scan_limits {
 	int none;
 	int swap;
@@ -74,6 +77,8 @@ struct pykhuge_scan_limits {
 	int daemon;
 	int notified;
 	int reclaim_distance;
+	int folios;
+	int read_only;
 };
 
 /* The fields of the trace event. page is a frame number, -1 for none. */

@@ -5,6 +5,7 @@ The copies work on any memory; `Machine` is the model around them.
 
 from pykhuge.kernel.panic import KernelBug, KernelPanic
 from pykhuge.kernel.sched import WouldBlock
+from pykhuge.kernel.version import KernelVersion
 from pykhuge.khugepaged.scan_result import CollapseError, ScanResult
 from pykhuge.machine import Machine
 from pykhuge.mm.errors import BusError, SegmentationFault, Signal, UserFault
@@ -34,6 +35,7 @@ __all__ = [
     "File",
     "KernelBug",
     "KernelPanic",
+    "KernelVersion",
     "Machine",
     "MachineCheck",
     "OutOfMemory",

@@ -176,6 +176,8 @@ class PteScanner:
         daemon: bool,
         notified: bool,
         reclaim_distance: int,
+        folios: bool = False,
+        read_only: bool = False,
     ) -> Any:
         """One table; the limits are ``struct pykhuge_scan_limits``. Returns its ``scanned``.
 
@@ -185,6 +187,7 @@ class PteScanner:
         limits.none, limits.swap, limits.shared = none, swap, shared
         limits.daemon, limits.notified = daemon, notified
         limits.reclaim_distance = reclaim_distance
+        limits.folios, limits.read_only = folios, read_only
         lib.pykhuge_scan_ptes(self._pages, table, limits, self.node_load, self._scanned)
         return self._scanned
 

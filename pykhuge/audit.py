@@ -371,7 +371,7 @@ def _see_cache(mem: Memory, mapping: AddressSpace, recount: Recount) -> int:
         recount.findings.extend(
             f"{name}: page {pfn:#x} is cached and does not know it" for pfn in pfns[wrong].tolist()
         )
-    recount.expect(f"{name}: nrpages", mapping.nrpages, nrpages)
+    recount.expect(f"{name}: nrpages", mapping.nrpages, nrpages + mem.charged_ahead[mapping.key])
     return slots
 
 
@@ -546,6 +546,13 @@ def _check_swap(mem: Memory, recount: Recount, used: Pfns) -> None:
         for slot in value_slots(entries).tolist()
     }
     recount.expect("swap slots of shmem", sorted(device.shmem), sorted(shmem))
+    recount.findings.extend(
+        f"{inode.name}: block {block} is not all on swap"
+        for inode in mem.inodes
+        if isinstance(inode, ShmemInode)
+        for block in inode.swapped_huge
+        if len(value_slots(inode.i_mapping.i_pages.node(block))) < HPAGE_PMD_NR
+    )
     for slot in sorted(set(device.swap_map) | set(recount.slots)):
         recount.expect(f"swap slot {slot}: users", device.swap_map.get(slot), recount.slots[slot])
         if not recount.slots[slot] and slot not in device.cache:

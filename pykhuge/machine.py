@@ -12,6 +12,7 @@ from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.kernel.clock import Clock
 from pykhuge.kernel.sched import Steps, Task, steps
 from pykhuge.kernel.trace import Trace
+from pykhuge.kernel.version import KernelVersion
 from pykhuge.khugepaged.control import CollapseControl, KhugepagedSettings
 from pykhuge.khugepaged.daemon import Khugepaged
 from pykhuge.khugepaged.scan import khugepaged_scan_block
@@ -60,8 +61,10 @@ class Machine:
         commit_limit: what shared memory may be promised in all (vm.overcommit_memory=2); no limit
             if not given.
         recovery: False is the kernel before the series: a machine check in a copy is a panic.
+            There is no later kernel without it.
+        kernel: what it does otherwise than the kernel of the series; see `KernelVersion`.
         seed: of all randomness; equal machines with equal calls give equal traces.
-    Raises: ValueError naming the argument.
+    Raises: ValueError or TypeError naming the argument.
     """
 
     def __init__(
@@ -75,12 +78,19 @@ class Machine:
         cpus: int = 1,
         commit_limit: str | int | None = None,
         recovery: bool = True,
+        kernel: KernelVersion = KernelVersion.REF,
         seed: int = 0,
     ) -> None:
         if not isinstance(cpus, int) or cpus < 1:
             raise ValueError(f"cpus={cpus!r}: allowed 1 and more")
         if not isinstance(recovery, bool):
             raise ValueError(f"recovery={recovery!r}: allowed False and True")
+        if not isinstance(kernel, KernelVersion):
+            raise TypeError(
+                f"kernel={kernel!r}: allowed a KernelVersion, such as KernelVersion.REF and V6_18"
+            )
+        if not recovery and kernel.is_later():
+            raise ValueError(f"recovery=False: allowed with KernelVersion.REF, not {kernel.name}")
         if not isinstance(seed, int) or seed < 0:
             raise ValueError(f"seed={seed!r}: allowed 0 and more")
         sizes = _node_sizes(memory, nodes)
@@ -91,6 +101,7 @@ class Machine:
             nr_swap_slots=parse_size("swap", swap) >> PAGE_SHIFT,
             nr_cpus=cpus,
             recovery=recovery,
+            version=kernel,
             seed=seed,
         )
         if commit_limit is not None:
@@ -267,8 +278,10 @@ class Machine:
         Args:
             addr: 2 MiB aligned.
             is_khugepaged: heed the daemon's limits and `enabled`; False scans as MADV_COLLAPSE.
-        Returns: SCAN_SUCCEED, or why not. SCAN_VMA_CHECK, without a trace event, where the daemon
-        would not even look: by `thp.enabled` it takes only what MADV_HUGEPAGE was asked for.
+        Returns: SCAN_SUCCEED, or why not; since 6.6, SCAN_PTE_MAPPED_HUGEPAGE where MADV_COLLAPSE
+        has made a file's cache huge and has yet to map it. SCAN_VMA_CHECK, without a trace event,
+        where the daemon would not even look: by `thp.enabled` it takes only what MADV_HUGEPAGE was
+        asked for.
         Raises: ValueError for an address that is not aligned, or another machine's process.
         """
         if not isinstance(process, Process) or process.mem is not self.mem:

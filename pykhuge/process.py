@@ -28,7 +28,7 @@ from pykhuge.mm.errors import (
     check_int,
     os_error,
 )
-from pykhuge.mm.fault import find_vma, handle_mm_fault
+from pykhuge.mm.fault import find_vma
 from pykhuge.mm.file_table import get_file, inode_locked, release_file
 from pykhuge.mm.fork import dup_mmap
 from pykhuge.mm.gup import (
@@ -37,6 +37,7 @@ from pykhuge.mm.gup import (
     follow_page,
     get_user_pages,
     lock_page,
+    populate,
 )
 from pykhuge.mm.memory_failure import memory_failure
 from pykhuge.mm.migrate_device import migrate_to_device
@@ -88,7 +89,7 @@ from pykhuge.mm.shmem import shmem_file_setup, shmem_undo_range
 from pykhuge.mm.soft_offline import soft_offline_page
 from pykhuge.mm.swap import put_pages
 from pykhuge.mm.vmscan import mark_page_lazyfree_range, pageout_range
-from pykhuge.mm.zap import zap_page_range
+from pykhuge.mm.zap import madvise_dontneed
 from pykhuge.user_access import UserAccess, check_access
 
 __all__ = ["PROT_EXEC", "PROT_NONE", "PROT_READ", "PROT_WRITE", "Advice", "Process", "UserFaultFd"]
@@ -128,7 +129,7 @@ _FLAGS = {
 }
 # Advice that works on the pages of each VMA.
 _ON_PAGES: dict[Advice, Callable[[Memory, Vma, int, int], None]] = {
-    Advice.MADV_DONTNEED: zap_page_range,
+    Advice.MADV_DONTNEED: madvise_dontneed,
     Advice.MADV_PAGEOUT: pageout_range,
     Advice.MADV_FREE: mark_page_lazyfree_range,
 }
@@ -323,7 +324,21 @@ class Process(UserAccess, FileCalls):
         Raises: OSError EFAULT (not one mapping), EINVAL (the places overlap).
         """
         to_length = length if new_length is None else new_length
+        if self.mem.version.mremap_moves_many and to_length == length:
+            parts = vmas_in(self.mm, old, old + length)
+            if parts and parts[0].vm_start <= old and parts[0].vm_end < old + length:
+                return self._move_many(parts, old, old + length, new)
         return do_mremap(self.mem, self.mm, old, length, new, to_length)
+
+    def _move_many(self, parts: list[Vma], old: int, end: int, new: int) -> Steps[int]:
+        """Mapping by mapping, each over what is in its place; gaps stay gaps (remap_move)."""
+        for vma in parts:
+            if vma.userfaultfd_armed():
+                raise os_error(errno.EFAULT, f"{vma} has a userfaultfd: allowed by itself alone")
+            low, high = max(old, vma.vm_start), min(end, vma.vm_end)
+            to = new + low - old
+            yield from do_mremap(self.mem, self.mm, low, high - low, to, high - low)
+        return new
 
     @steps
     def mlock(self, addr: int, length: int) -> Steps[None]:
@@ -336,7 +351,7 @@ class Process(UserAccess, FileCalls):
             write = vma.vm_flags & (VM_WRITE | VM_SHARED) == VM_WRITE
             low, high = max(addr & -PAGE_SIZE, vma.vm_start), min(end, vma.vm_end)
             try:
-                yield from handle_mm_fault(self.mem, self.mm, low, high, write=write)
+                yield from populate(self.mem, self.mm, low, high, write=write)
             except (SegmentationFault, BusError) as fault:
                 raise os_error(errno.ENOMEM, f"{fault.address:#x} cannot be touched") from None
 
@@ -437,7 +452,7 @@ class Process(UserAccess, FileCalls):
     def _populate(self, start: int, end: int, *, write: bool) -> Steps[None]:
         """Kernel: madvise_populate."""
         try:
-            yield from handle_mm_fault(self.mem, self.mm, start, end, write=write)
+            yield from populate(self.mem, self.mm, start, end, write=write)
         except SegmentationFault as fault:
             mapped = vmas_in(self.mm, fault.address, fault.address + 1)
             number = errno.EINVAL if mapped else errno.ENOMEM

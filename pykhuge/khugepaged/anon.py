@@ -16,7 +16,7 @@ from pykhuge.kernel.locking import READ, WRITE
 from pykhuge.kernel.sched import Acquire, Preempt, Release, Steps
 from pykhuge.khugepaged.alloc import alloc_charge_hpage, put_hpage
 from pykhuge.khugepaged.control import CollapseControl
-from pykhuge.khugepaged.ptes import BlockOfPtes, Bools, FirstFailure
+from pykhuge.khugepaged.ptes import BlockOfPtes, Bools, FirstFailure, shared_folios
 from pykhuge.khugepaged.revalidate import (
     check_pmd_still_valid,
     find_pmd_or_thp_or_none,
@@ -31,6 +31,7 @@ from pykhuge.khugepaged.trace_events import (
 from pykhuge.mm.copy_mc import copy_mc_pages
 from pykhuge.mm.fault import SwapFault, do_swap_page, map_new_huge_page
 from pykhuge.mm.huge_memory import OutOfMemory, pgtable_trans_huge_deposit
+from pykhuge.mm.memory_failure import memory_failure_queue, memory_failure_work
 from pykhuge.mm.mm_types import Mm, Vma
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import Pfns, PG_head, PG_in_flight, PG_locked, PG_lru, PG_swapcache
@@ -95,6 +96,8 @@ def collapse_huge_page(
     if result is not ScanResult.SCAN_SUCCEED and hpage >= 0:
         put_hpage(mem, hpage)
     mem.emit(mm_collapse_huge_page(mm.hashed_ptr, result is ScanResult.SCAN_SUCCEED, result))
+    if mem.version.copy_queues_memory_failure:
+        memory_failure_work(mem)
     return result
 
 
@@ -147,8 +150,10 @@ def _collapse_huge_page_swapin(
     else:
         if swapped_in:
             lru_add_drain(mem)
-    done = result is ScanResult.SCAN_SUCCEED
-    mem.emit(mm_collapse_huge_page_swapin(vma.mm.hashed_ptr, swapped_in, referenced, int(done)))
+    ret = int(result is ScanResult.SCAN_SUCCEED)
+    if mem.version.swapin_ret_is_scan_result:
+        ret = mem.version.number(result)
+    mem.emit(mm_collapse_huge_page_swapin(vma.mm.hashed_ptr, swapped_in, referenced, ret))
     return result
 
 
@@ -160,7 +165,7 @@ def _collapse_locked(
     mm, anon_vma_lock, table = vma.mm, vma.anon_vma.lock, mem.ram.words[pte_pfn(pmd)]
     yield Acquire(anon_vma_lock, WRITE)
     _pmdp_collapse_flush(mem, mm, addr, pmd)
-    with mm.page_table_lock:
+    with mm.page_table_lock, shared_folios(mem, mm, table):
         isolated = _collapse_huge_page_isolate(mem, table, vma, addr, cc)
     if isolated.result is not ScanResult.SCAN_SUCCEED:
         with mm.page_table_lock:
@@ -219,15 +224,18 @@ def _collapse_huge_page_isolate(
     if len(accepted):
         isolate_lru_pages(mem, accepted, PG_locked)
     result = failure.result
-    writable = block.writable(nr)
+    writable = None if mem.version.no_scan_page_ro else block.writable(nr)
     referenced = block.referenced(nr, cc, _test_young(vma, addr, block))
-    if result is ScanResult.SCAN_SUCCEED and not writable:
+    if result is ScanResult.SCAN_SUCCEED and writable is False:
         result = ScanResult.SCAN_PAGE_RO
     elif result is ScanResult.SCAN_SUCCEED and cc.is_khugepaged and not referenced:
         result = ScanResult.SCAN_LACK_REFERENCED_PAGE
     if result is not ScanResult.SCAN_SUCCEED:
         release_pte_pages(mem, accepted)
-    none_or_zero, page = block.nr_none_or_zero(stop), block.last_page(failure)
+    none_or_zero, page = (
+        block.nr_none_or_zero(stop),
+        block.last_page(failure, folios=mem.version.large_folios),
+    )
     mem.emit(mm_collapse_huge_page_isolate(page, none_or_zero, referenced, writable, result))
     return Isolated(result, block, accepted)
 
@@ -241,7 +249,7 @@ def _first_failure(mem: Memory, block: BlockOfPtes, vma: Vma, cc: CollapseContro
         failure.beyond(block.non_present, 0, ScanResult.SCAN_PTE_NON_PRESENT)
     block.fails_uffd_wp(failure)
     block.fails_normal_page(failure)
-    block.fails_shared(failure, cc)
+    block.fails_shared(failure, cc, folios=mem.version.large_folios)
     first = block.first_of_heads()
     if block.any_flag & PG_locked:
         locked = block.flags[first] & U_LOCKED != 0
@@ -290,7 +298,11 @@ def _collapse_huge_page_copy(mem: Memory, block: BlockOfPtes, hpage: int) -> Sca
     mce = copy_mc_pages(
         mem, hpage, frames, consumer="__collapse_huge_page_copy", recovery=mem.recovery
     )
-    return ScanResult.SCAN_SUCCEED if mce is None else ScanResult.SCAN_COPY_MC
+    if mce is None:
+        return ScanResult.SCAN_SUCCEED
+    if mem.version.copy_queues_memory_failure:
+        memory_failure_queue(mem, mce.pfn)
+    return ScanResult.SCAN_COPY_MC
 
 
 def _collapse_huge_page_copy_succeeded(

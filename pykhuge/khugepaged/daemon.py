@@ -20,6 +20,7 @@ from pykhuge.kernel.locking import READ
 from pykhuge.kernel.sched import Preempt, Release, Steps, Task, WouldBlock, steps
 from pykhuge.khugepaged.control import CollapseControl, KhugepagedSettings
 from pykhuge.khugepaged.retract import khugepaged_collapse_pte_mapped_thps
+from pykhuge.khugepaged.revalidate import hpage_collapse_test_exit_or_disable
 from pykhuge.khugepaged.scan import khugepaged_scan_vma_block
 from pykhuge.khugepaged.scan_result import ScanResult
 from pykhuge.mm.huge_memory import hugepage_flags_enabled, hugepage_vma_check
@@ -183,7 +184,9 @@ class Khugepaged:
         """
         mem, mm, cursor = self.mem, slot.mm, self.mem.khugepaged_scan
         progress, result = 1, ScanResult.SCAN_FAIL
-        vmas = [vma for vma in mm.vmas if vma.vm_end > cursor.address] if mm.mm_users else []
+        vmas = [vma for vma in mm.vmas if vma.vm_end > cursor.address]
+        if hpage_collapse_test_exit_or_disable(mem, mm):
+            vmas = []
         for vma in vmas:
             hend = vma.vm_end & -HPAGE_PMD_SIZE
             if not hugepage_vma_check(mem, vma) or cursor.address > hend:

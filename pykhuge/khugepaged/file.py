@@ -8,6 +8,8 @@ what does move (nrpages, the charges of shmem, nr_thps) is put back with the pag
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -31,6 +33,7 @@ from pykhuge.mm.filemap import (
     when_unlocked,
 )
 from pykhuge.mm.huge_memory import OutOfMemory
+from pykhuge.mm.memory_failure import memory_failure_queue
 from pykhuge.mm.mm_types import File, Mm, ShmemInode
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import (
@@ -64,7 +67,16 @@ from pykhuge.mm.swap import (
 )
 from pykhuge.mm.vmstat import NR_FILE_PAGES, NR_FILE_THPS, NR_SHMEM, NR_SHMEM_THPS
 
-__all__ = ["collapse_file"]
+__all__ = [
+    "FileCollapse",
+    "collapse_file",
+    "fail_stores",
+    "lock_new_page",
+    "nr_thps_dec",
+    "nr_thps_inc",
+    "take_pages",
+    "trace_collapse_file",
+]
 
 PLACES = np.arange(HPAGE_PMD_NR)
 Bools = npt.NDArray[np.bool_]
@@ -118,25 +130,35 @@ def collapse_file(
         result, index = yield from _collapse(collapse, addr, cc)
         if collapse.hpage < 0:
             hpage = -1
-    is_shmem, name = isinstance(file.inode, ShmemInode), file.inode.name
-    mem.emit(
-        mm_khugepaged_collapse_file(mm.hashed_ptr, hpage, index, addr, is_shmem, name, nr, result)
-    )
+    trace_collapse_file(mem, mm, hpage, index, addr, file, nr, result)
     return result
+
+
+def trace_collapse_file(
+    mem: Memory, mm: Mm, hpage: int, index: int, addr: int, file: File, nr: int, result: ScanResult
+) -> None:
+    """Record mm_khugepaged_collapse_file."""
+    is_shmem, name = isinstance(file.inode, ShmemInode), file.inode.name
+    in_hex = mem.version.collapse_file_addr_in_hex
+    mem.emit(
+        mm_khugepaged_collapse_file(
+            mm.hashed_ptr, hpage, index, addr, is_shmem, name, nr, result, in_hex
+        )
+    )
 
 
 def _collapse(c: FileCollapse, addr: int, cc: CollapseControl) -> Steps[tuple[ScanResult, int]]:
     """All of it behind the allocation. Returns: the result, and the index it came to."""
     mem = c.mem
-    _lock_new_page(c)
+    lock_new_page(c)
     i_mmap_rwsem = c.mapping.i_mmap_rwsem
     try:
         # It will be wanted once there is no way back.
         yield Foresee(f"{i_mmap_rwsem} is free", lambda: i_mmap_rwsem.available(WRITE))
-        result = yield from _replace_pages(c)
+        result = yield from take_pages(c, _take)
         index = c.start + c.place
         if result is ScanResult.SCAN_SUCCEED and c.shmem is None:
-            result = yield from _nr_thps_inc(c)
+            result = yield from nr_thps_inc(c)
         c.mm.tlb_gen += 1
         if result is ScanResult.SCAN_SUCCEED:
             yield Preempt("copy")
@@ -161,7 +183,7 @@ def _collapse(c: FileCollapse, addr: int, cc: CollapseControl) -> Steps[tuple[Sc
     return result, index
 
 
-def _lock_new_page(c: FileCollapse) -> None:
+def lock_new_page(c: FileCollapse) -> None:
     """The huge page is the mapping's, but nobody can use it: locked, and not up to date."""
     mem = c.mem
     backed = PG_swapbacked if c.shmem is not None else 0
@@ -171,9 +193,12 @@ def _lock_new_page(c: FileCollapse) -> None:
     mem.page_locks[c.hpage] = mem.sched.current
 
 
-def _replace_pages(c: FileCollapse) -> Steps[ScanResult]:
-    """Put the huge page in place of all 512 entries, or stop at the first that does not let it.
+def take_pages(
+    c: FileCollapse, take: Callable[[FileCollapse, Pfns, int, int], None]
+) -> Steps[ScanResult]:
+    """Pass all 512 entries to `take`, or stop at the first that does not let it.
 
+    take(c, entries, first, stop) isolates and unmaps the pages of places [first, stop).
     What is looked at together is what the kernel's loop would pass one by one without sleeping.
     """
     brought_in = -1
@@ -182,7 +207,7 @@ def _replace_pages(c: FileCollapse) -> Steps[ScanResult]:
         asleep = _first_asleep(c, slots)
         failure = _first_failure(c, slots)
         stop = min(asleep, failure.place)
-        _take(c, slots, c.place, stop)
+        take(c, slots, c.place, stop)
         c.place = stop
         if asleep < HPAGE_PMD_NR and asleep <= failure.place:
             yield Preempt("swapin" if c.shmem is not None else "readahead")
@@ -215,10 +240,9 @@ def _first_failure(c: FileCollapse, slots: Pfns) -> FirstFailure:
     if c.shmem is not None:
         if c.place == 0 and slots[0] == 0 and not slots.any():
             failure.at(0, ScanResult.SCAN_TRUNCATED)
-        failure.beyond(holes, shmem_room(c.mem, c.shmem), ScanResult.SCAN_FAIL)
-        failing = sorted(c.mapping.fail_stores)
-        fails = np.isin(c.start + holes, failing) if failing else np.zeros(len(holes), np.bool_)
-        failure.where(holes, fails, ScanResult.SCAN_STORE_FAILED)
+        if not c.mem.version.collapse_file_keeps_pages:
+            failure.beyond(holes, shmem_room(c.mem, c.shmem), ScanResult.SCAN_FAIL)
+            failure.where(holes, fail_stores(c, holes), ScanResult.SCAN_STORE_FAILED)
     places = ahead[slots > 0]
     pfns = slots[slots > 0]
     flags = pages.flags[pfns]
@@ -243,6 +267,11 @@ def _first_failure(c: FileCollapse, slots: Pfns) -> FirstFailure:
     # With our own pin and the isolation, the cache must be all that refers to it: 3.
     test(pages.refcount[pfns] - pages.mapcount[pfns] - private != 1, ScanResult.SCAN_PAGE_COUNT)
     return failure
+
+
+def fail_stores(c: FileCollapse, places: Pfns) -> Bools:
+    """At which of `places` no entry can be stored, for want of a node. Returns: bool[n]."""
+    return np.isin(c.start + places, sorted(c.mapping.fail_stores))
 
 
 def _take(c: FileCollapse, slots: Pfns, first: int, stop: int) -> None:
@@ -300,10 +329,12 @@ def _bring_in(c: FileCollapse, index: int) -> Steps[bool]:
         )
     except (OSError, OutOfMemory):
         return False
+    if mem.version.collapse_file_drains_shmem:
+        lru_add_drain(mem)
     return True
 
 
-def _nr_thps_inc(c: FileCollapse) -> Steps[ScanResult]:
+def nr_thps_inc(c: FileCollapse) -> Steps[ScanResult]:
     """Announce the huge page, and look whether somebody may write.
 
     A full barrier lies between the two, as one does between i_writecount and nr_thps in
@@ -319,11 +350,12 @@ def _nr_thps_inc(c: FileCollapse) -> Steps[ScanResult]:
         return ScanResult.SCAN_SUCCEED
     if not mem.recovery:
         mem.mod_page(NR_FILE_THPS, c.hpage, -HPAGE_PMD_NR)
-    _nr_thps_dec(c)
+    nr_thps_dec(c)
     return ScanResult.SCAN_FAIL
 
 
-def _nr_thps_dec(c: FileCollapse) -> None:
+def nr_thps_dec(c: FileCollapse) -> None:
+    """The huge page is not coming after all."""
     mod_nr_thps(c.mem, c.mapping, -1)
     c.nr_thps = False
 
@@ -347,6 +379,8 @@ def _copy(c: FileCollapse) -> tuple[ScanResult, int]:
         raise
     if mce is None:
         return ScanResult.SCAN_SUCCEED, c.start + HPAGE_PMD_NR
+    if mem.version.copy_queues_memory_failure:
+        memory_failure_queue(mem, mce.pfn)
     return ScanResult.SCAN_COPY_MC, c.start + int((c.pages == mce.pfn).argmax())
 
 
@@ -401,7 +435,7 @@ def _roll_back(c: FileCollapse) -> None:
         lru_cache_add(mem, pfns)
     c.mapping.i_pages.shrink(c.start)
     if c.nr_thps:
-        _nr_thps_dec(c)
+        nr_thps_dec(c)
     mem.pages.mapping[c.hpage] = 0
     unlock_page(mem, c.hpage)
     put_hpage(mem, c.hpage)

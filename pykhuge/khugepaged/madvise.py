@@ -47,7 +47,7 @@ def madvise_collapse(
     """
     mm = vma.mm
     if not hugepage_vma_check(mem, vma, enforce_sysfs=False):
-        raise CollapseError(ScanResult.SCAN_VMA_CHECK)
+        raise CollapseError(ScanResult.SCAN_VMA_CHECK, mem.version)
     lru_add_drain_all(mem)
     hstart, hend = start + HPAGE_PMD_SIZE - 1 & -HPAGE_PMD_SIZE, end & -HPAGE_PMD_SIZE
     thps, last_fail, mmap_locked = 0, ScanResult.SCAN_FAIL, True
@@ -76,12 +76,12 @@ def madvise_collapse(
     if not mmap_locked:
         yield Acquire(mm.mmap_lock, READ)
     if thps != (hend - hstart) // HPAGE_PMD_SIZE:
-        raise CollapseError(last_fail)
+        raise CollapseError(last_fail, mem.version)
 
 
 def _map_by_pmd(mem: Memory, mm: Mm, addr: int) -> Steps[ScanResult]:
     """The page cache holds a huge page already: map it so."""
-    yield Acquire(mm.mmap_lock, WRITE)
+    yield Acquire(mm.mmap_lock, READ if mem.version.retract_without_mmap_lock else WRITE)
     task = mem.sched.current
     try:
         result = yield from collapse_pte_mapped_thp(mem, mm, addr, install_pmd=True)

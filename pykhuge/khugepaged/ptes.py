@@ -6,6 +6,8 @@ would have stopped: at the lowest entry that fails any test, and there for the f
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,12 @@ import numpy.typing as npt
 from pykhuge.hw.memory import HPAGE_PMD_NR
 from pykhuge.khugepaged.control import CollapseControl
 from pykhuge.khugepaged.scan_result import ScanResult
+from pykhuge.mm.mm_types import Mm
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import (
     Pfns,
     PG_head,
+    PG_mapped_shared,
     PG_referenced,
     PG_swapcache,
     PG_tail,
@@ -35,8 +39,9 @@ from pykhuge.mm.page_table import (
     Ptes,
     pte_pfns,
 )
+from pykhuge.mm.rmap import mapped_by_another
 
-__all__ = ["BlockOfPtes", "FirstFailure"]
+__all__ = ["BlockOfPtes", "FirstFailure", "shared_folios"]
 
 Bools = npt.NDArray[np.bool_]
 Places = npt.NDArray[np.int64]
@@ -47,6 +52,7 @@ U_COMPOUND = np.uint32(PG_head | PG_tail)
 U_SWAPCACHE = np.uint32(PG_swapcache)
 U_REFERENCED = np.uint32(PG_referenced | PG_young)
 U_UFFD_WP = np.uint64(PAGE_UFFD_WP)
+U_MAPPED_SHARED = np.uint32(PG_mapped_shared)
 U_ZONE_DEVICE = np.uint32(PG_zone_device)
 # The tests behind compound_head(): where one fails, the loop's variable is that page's head.
 _LOOKED_AT = frozenset(
@@ -71,6 +77,22 @@ def _or(words: npt.NDArray[Any]) -> int:
 def _and(words: npt.NDArray[Any]) -> int:
     """All bits that every word has; -1 if there is no word."""
     return int(np.bitwise_and.reduce(words)) if len(words) else -1
+
+
+@contextlib.contextmanager
+def shared_folios(mem: Memory, mm: Mm, table: Ptes) -> Iterator[None]:
+    """Mark the compound pages behind a table of `mm` that others map too, where that is asked."""
+    heads: set[int] = set()
+    if mem.version.large_folios:
+        pfns = pte_pfns(table[table & U_PRESENT != 0])
+        compound = pfns[mem.pages.flags[pfns] & U_COMPOUND != 0]
+        heads = set(compound_head(mem.pages, compound).tolist())
+    marked = np.array([head for head in heads if mapped_by_another(mem, mm, head)], np.int64)
+    mem.pages.flags[marked] |= U_MAPPED_SHARED
+    try:
+        yield
+    finally:
+        mem.pages.flags[marked] &= ~U_MAPPED_SHARED
 
 
 class FirstFailure:
@@ -194,9 +216,16 @@ class BlockOfPtes:
             return slice(None)
         return np.sort(np.unique(self.heads, return_index=True)[1])
 
-    def last_page(self, failure: FirstFailure) -> int:
-        """The page that the loop's variable holds when it ends; -1 for none."""
+    def last_page(self, failure: FirstFailure, *, folios: bool) -> int:
+        """The page that the loop's variable holds when it ends; -1 for none.
+
+        folios: a later kernel's, which holds the head and is set once the page is a normal one.
+        """
         nr = self.before(failure.place)
+        if folios and failure.result is ScanResult.SCAN_EXCEED_SHARED_PTE:
+            return int(self.heads[nr])
+        if folios and failure.result is ScanResult.SCAN_PAGE_NULL:
+            return int(self.heads[nr - 1]) if nr else -1
         if failure.result is ScanResult.SCAN_PAGE_NULL:
             return int(self.pfns[nr])
         if failure.result is ScanResult.SCAN_EXCEED_SHARED_PTE:
@@ -215,8 +244,13 @@ class BlockOfPtes:
         if self.any_flag & PG_zone_device:
             failure.where(self.mapped, self.flags & U_ZONE_DEVICE != 0, ScanResult.SCAN_PAGE_NULL)
 
-    def fails_shared(self, failure: FirstFailure, cc: CollapseControl) -> None:
-        """More pages than max_ptes_shared are mapped more than once."""
-        if self.mapcount.max(initial=0) > 1:
-            shared = self.mapped[self.mapcount > 1]
+    def fails_shared(self, failure: FirstFailure, cc: CollapseControl, *, folios: bool) -> None:
+        """More pages than max_ptes_shared are mapped more than once, or part of what is."""
+        if self.mapcount.max(initial=0) > 1 or self.any_flag & PG_mapped_shared:
+            many = self.mapcount > 1
+            if folios and self.compound:
+                many = np.where(
+                    self.flags & np.uint32(PG_head), self.flags & U_MAPPED_SHARED != 0, many
+                )
+            shared = self.mapped[many]
             failure.beyond(shared, cc.limit("max_ptes_shared"), ScanResult.SCAN_EXCEED_SHARED_PTE)

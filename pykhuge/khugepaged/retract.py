@@ -1,8 +1,9 @@
 """Page tables that still map the small pages of a block whose page cache has become huge.
 
 `retract_page_tables` takes them away right after a collapse, from every VMA it can get hold of;
-`collapse_pte_mapped_thp` does the same later for one block. Whoever touches the block next maps the
-huge page by a PMD.
+`collapse_pte_mapped_thp` does the same later for one block. Since 6.6, `retract_without_mmap_lock`,
+the first needs no mmap_lock and passes nobody over, so that nothing is noted for later. Whoever
+touches the block next maps the huge page by a PMD.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from pykhuge.hw.memory import HPAGE_PMD_SIZE
-from pykhuge.kernel.locking import WRITE
+from pykhuge.kernel.locking import READ, WRITE
 from pykhuge.kernel.panic import KernelBug
 from pykhuge.kernel.sched import Acquire, Release, Steps
 from pykhuge.khugepaged.control import CollapseControl
@@ -47,10 +48,15 @@ def retract_page_tables(
     """Free the page tables of every VMA that maps block `pgoff`; map the target by a PMD at once.
 
     Returns: what became of the target's; SCAN_FAIL if it was not met, as where it has private
-    copies or is out of step with the block.
+    copies or is out of step with the block. Since 6.6 success, which MADV_COLLAPSE hears as
+    SCAN_PTE_MAPPED_HUGEPAGE, for it maps the target by itself.
     Locks: entered with `hpage` locked; takes i_mmap_rwsem, and tries mmap_lock and vm_lock, which
     faults take the other way round.
     """
+    if mem.version.retract_without_mmap_lock:
+        yield from _retract_all(mem, mapping, pgoff)
+        mapped = cc.is_khugepaged
+        return ScanResult.SCAN_SUCCEED if mapped else ScanResult.SCAN_PTE_MAPPED_HUGEPAGE
     target_result = ScanResult.SCAN_FAIL
     yield Acquire(mapping.i_mmap_rwsem, WRITE)
     for vma in sorted(mapping.i_mmap, key=lambda each: each.vm_pgoff):
@@ -65,6 +71,27 @@ def retract_page_tables(
             target_result = result
     yield Release(mapping.i_mmap_rwsem)
     return target_result
+
+
+def _retract_all(mem: Memory, mapping: AddressSpace, pgoff: int) -> Steps[None]:
+    """Free every page table over block `pgoff` that may go, whoever holds mmap_lock.
+
+    The page lock keeps faults from filling the tables again.
+    """
+    yield Acquire(mapping.i_mmap_rwsem, READ)
+    for vma in sorted(mapping.i_mmap, key=lambda each: each.vm_pgoff):
+        addr = vma.address_of(pgoff)
+        if not vma.vm_start <= addr < vma.vm_end:
+            continue
+        if addr % HPAGE_PMD_SIZE or vma.vm_end < addr + HPAGE_PMD_SIZE:
+            continue
+        result, pmd = find_pmd_or_thp_or_none(mem, vma.mm, addr)
+        if result is not ScanResult.SCAN_SUCCEED or vma.mm.mm_users == 0:
+            continue
+        # Private copies, or markers of userfaultfd, may stand in the table.
+        if vma.anon_vma is None and not vma.vm_flags & VM_UFFD_WP:
+            _collapse_and_free_pmd(mem, vma, addr, pmd)
+    yield Release(mapping.i_mmap_rwsem)
 
 
 def _retract(
@@ -143,38 +170,62 @@ def collapse_pte_mapped_thp(
 
     Args:
         install_pmd: map the huge page by the PMD at once.
-    Locks: mmap_lock for write; takes the page lock and i_mmap_rwsem.
+    Locks: mmap_lock for write; takes the page lock and i_mmap_rwsem. Since 6.6 mmap_lock for read
+    and the page lock are enough.
     """
-    result, pmd = find_pmd_or_thp_or_none(mem, mm, addr)
-    if result is ScanResult.SCAN_PMD_MAPPED:
+    result, vma = _check_pte_mapped_vma(mem, mm, addr)
+    if vma is None:
         return result
-    vma = vma_lookup(mm, addr)
-    if vma is None or vma.vm_file is None or vma.vm_end < addr + HPAGE_PMD_SIZE:
-        return ScanResult.SCAN_VMA_CHECK
-    # Faults map huge pages whatever sysfs says.
-    if not hugepage_vma_check(mem, vma, enforce_sysfs=False):
-        return ScanResult.SCAN_VMA_CHECK
-    if vma.vm_flags & VM_UFFD_WP:
-        return ScanResult.SCAN_PTE_UFFD_WP
-    mapping, index = vma.vm_file.f_mapping, vma.linear_page_index(addr)
-    locked = yield from _find_lock_page(mem, mapping, index)
+    assert vma.vm_file is not None
+    locked = yield from _find_lock_page(mem, vma.vm_file.f_mapping, vma.linear_page_index(addr))
     if locked is None:
         return ScanResult.SCAN_PAGE_NULL
     hpage = int(locked.pfns[0])
     try:
         if not mem.pages.flags[hpage] & PG_head:
-            return ScanResult.SCAN_FAIL
-        if result is ScanResult.SCAN_SUCCEED:
-            yield Acquire(mapping.i_mmap_rwsem, WRITE)
-            result = _drop_ptes(mem, vma, addr, pmd, hpage)
-            yield Release(mapping.i_mmap_rwsem)
-            if result is not ScanResult.SCAN_SUCCEED:
-                return result
-        elif result is not ScanResult.SCAN_PMD_NONE:
-            return result
-        return _set_huge_pmd(mem, vma, addr, hpage) if install_pmd else ScanResult.SCAN_SUCCEED
+            at_once = mem.version.retract_without_mmap_lock
+            return ScanResult.SCAN_PAGE_COMPOUND if at_once else ScanResult.SCAN_FAIL
+        result = yield from _drop_table(mem, vma, addr, hpage)
+        if install_pmd and result is ScanResult.SCAN_SUCCEED:
+            return _set_huge_pmd(mem, vma, addr, hpage)
+        return result
     finally:
         locked.release()
+
+
+def _check_pte_mapped_vma(mem: Memory, mm: Mm, addr: int) -> tuple[ScanResult, Vma | None]:
+    """The VMA at `addr`; or None, and why its table stays. Later kernels look at it first."""
+    mapped, _ = find_pmd_or_thp_or_none(mem, mm, addr)
+    vma = vma_lookup(mm, addr)
+    unfit = vma is None or vma.vm_file is None or vma.vm_end < addr + HPAGE_PMD_SIZE
+    if mapped is ScanResult.SCAN_PMD_MAPPED and not (
+        unfit and mem.version.retract_without_mmap_lock
+    ):
+        return mapped, None
+    # Faults map huge pages whatever sysfs says.
+    if vma is None or unfit or not hugepage_vma_check(mem, vma, enforce_sysfs=False):
+        return ScanResult.SCAN_VMA_CHECK, None
+    if vma.vm_flags & VM_UFFD_WP:
+        return ScanResult.SCAN_PTE_UFFD_WP, None
+    return ScanResult.SCAN_SUCCEED, vma
+
+
+def _drop_table(mem: Memory, vma: Vma, addr: int, hpage: int) -> Steps[ScanResult]:
+    """Free the table at `addr` if it maps nothing but `hpage`; success too if there is none."""
+    result, pmd = find_pmd_or_thp_or_none(mem, vma.mm, addr)
+    if mem.version.retract_without_mmap_lock:
+        if result in (ScanResult.SCAN_PMD_NONE, ScanResult.SCAN_PMD_NULL):
+            return ScanResult.SCAN_SUCCEED
+        found = result is ScanResult.SCAN_SUCCEED
+        return _drop_ptes(mem, vma, addr, pmd, hpage) if found else result
+    if result is not ScanResult.SCAN_SUCCEED:
+        return ScanResult.SCAN_SUCCEED if result is ScanResult.SCAN_PMD_NONE else result
+    assert vma.vm_file is not None
+    i_mmap_rwsem = vma.vm_file.f_mapping.i_mmap_rwsem
+    yield Acquire(i_mmap_rwsem, WRITE)
+    result = _drop_ptes(mem, vma, addr, pmd, hpage)
+    yield Release(i_mmap_rwsem)
+    return result
 
 
 def _find_lock_page(mem: Memory, mapping: AddressSpace, index: int) -> Steps[LockedPage | None]:

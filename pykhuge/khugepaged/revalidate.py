@@ -8,7 +8,7 @@ from pykhuge.khugepaged.control import CollapseControl
 from pykhuge.khugepaged.scan_result import ScanResult
 from pykhuge.mm.fault import find_vma
 from pykhuge.mm.huge_memory import hugepage_vma_check, transhuge_vma_suitable
-from pykhuge.mm.mm_types import Mm, Vma
+from pykhuge.mm.mm_types import MMF_DISABLE_THP, Mm, Vma
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page_table import PAGE_PRESENT, pmd_trans_huge
 from pykhuge.mm.rmap import pmd_of
@@ -17,6 +17,7 @@ __all__ = [
     "Revalidated",
     "check_pmd_still_valid",
     "find_pmd_or_thp_or_none",
+    "hpage_collapse_test_exit_or_disable",
     "hugepage_vma_revalidate",
 ]
 
@@ -28,6 +29,12 @@ class Revalidated(NamedTuple):
     vma: Vma | None
 
 
+def hpage_collapse_test_exit_or_disable(mem: Memory, mm: Mm) -> bool:
+    """Whether nobody is left to collapse for, or, in later kernels, nobody who wants it."""
+    disabled = mem.version.disable_thp_is_exit and mm.flags & MMF_DISABLE_THP
+    return mm.mm_users == 0 or bool(disabled)
+
+
 def hugepage_vma_revalidate(
     mem: Memory, mm: Mm, addr: int, cc: CollapseControl, *, expect_anon: bool
 ) -> Revalidated:
@@ -35,7 +42,7 @@ def hugepage_vma_revalidate(
 
     Locks: mmap_lock. Kernel: hugepage_vma_revalidate (mm/khugepaged.c).
     """
-    if mm.mm_users == 0:
+    if hpage_collapse_test_exit_or_disable(mem, mm):
         return Revalidated(ScanResult.SCAN_ANY_PROCESS, None)
     vma = find_vma(mm, addr)
     if vma is None:

@@ -13,16 +13,23 @@ from pykhuge.kernel.sched import Acquire, Preempt, Release, Steps
 from pykhuge.khugepaged.anon import collapse_huge_page
 from pykhuge.khugepaged.control import CollapseControl
 from pykhuge.khugepaged.file import collapse_file
-from pykhuge.khugepaged.ptes import FirstFailure
+from pykhuge.khugepaged.file_6_4 import collapse_file_6_4
+from pykhuge.khugepaged.ptes import FirstFailure, shared_folios
 from pykhuge.khugepaged.retract import (
+    collapse_pte_mapped_thp,
     khugepaged_collapse_pte_mapped_thps,
 )
-from pykhuge.khugepaged.revalidate import find_pmd_or_thp_or_none, hugepage_vma_revalidate
+from pykhuge.khugepaged.revalidate import (
+    find_pmd_or_thp_or_none,
+    hpage_collapse_test_exit_or_disable,
+    hugepage_vma_revalidate,
+)
 from pykhuge.khugepaged.scan_result import ScanResult
 from pykhuge.khugepaged.trace_events import mm_khugepaged_scan_file, mm_khugepaged_scan_pmd
 from pykhuge.mm.file_table import hold_file, release_file
+from pykhuge.mm.memory_failure import memory_failure_work
 from pykhuge.mm.mm_slot import khugepaged_add_pte_mapped_thp
-from pykhuge.mm.mm_types import File, Mm, Vma
+from pykhuge.mm.mm_types import File, Mm, ShmemInode, Vma
 from pykhuge.mm.mmzone import NODE_RECLAIM_DISTANCE, Memory
 from pykhuge.mm.page import Pfns, PG_anon, PG_head, PG_locked, PG_lru, PG_private
 from pykhuge.mm.page_table import (
@@ -85,14 +92,34 @@ def khugepaged_scan_vma_block(
     """`hpage_collapse_scan`, and what the daemon makes of its result: `pages_collapsed`."""
     mm = vma.mm
     result, mmap_locked = yield from hpage_collapse_scan(mem, vma, addr, cc)
-    collapsed = result is ScanResult.SCAN_SUCCEED
-    if result is ScanResult.SCAN_PTE_MAPPED_HUGEPAGE and cc.is_khugepaged:
+    pte_mapped = result is ScanResult.SCAN_PTE_MAPPED_HUGEPAGE and cc.is_khugepaged
+    noted = False
+    if pte_mapped and mem.version.retract_without_mmap_lock:
+        result = yield from _collapse_pte_mapped_at_once(mem, mm, addr)
+    elif pte_mapped:
         pmd_state, _ = find_pmd_or_thp_or_none(mem, mm, addr)
         table = pmd_state is ScanResult.SCAN_SUCCEED
-        collapsed = table and khugepaged_add_pte_mapped_thp(mm, addr)
+        noted = table and khugepaged_add_pte_mapped_thp(mm, addr)
+    collapsed = noted or result is ScanResult.SCAN_SUCCEED
     if collapsed and cc.is_khugepaged:
         cc.settings.count("pages_collapsed")
     return result, mmap_locked
+
+
+def _collapse_pte_mapped_at_once(mem: Memory, mm: Mm, addr: int) -> Steps[ScanResult]:
+    """The page cache holds a huge page: the table that maps it goes now, if it may."""
+    task = mem.sched.current
+    yield Acquire(mm.mmap_lock, READ)
+    try:
+        if hpage_collapse_test_exit_or_disable(mem, mm):
+            result = ScanResult.SCAN_ANY_PROCESS
+        else:
+            result = yield from collapse_pte_mapped_thp(mem, mm, addr, install_pmd=False)
+    except GeneratorExit:
+        mm.mmap_lock.unlock(task)
+        raise
+    yield Release(mm.mmap_lock)
+    return ScanResult.SCAN_SUCCEED if result is ScanResult.SCAN_PMD_MAPPED else result
 
 
 def hpage_collapse_scan(
@@ -143,7 +170,7 @@ def hpage_collapse_scan_pmd(
         mm_khugepaged_scan_pmd(
             mm.hashed_ptr,
             scanned.page,
-            scanned.writable,
+            None if mem.version.no_scan_page_ro else scanned.writable,
             scanned.referenced,
             scanned.none_or_zero,
             result,
@@ -160,28 +187,31 @@ def _scan_ptes(mem: Memory, table: int, vma: Vma, addr: int, cc: CollapseControl
     """
     # The notifiers are asked about the block's first address for every entry; isolation asks right.
     notified = any(notifier.test_young(addr) for notifier in vma.mm.mmu_notifiers)
-    scanned = mem.pte_scanner.scan(
-        table,
-        none=0 if vma.userfaultfd_armed() else cc.limit("max_ptes_none"),
-        swap=cc.limit("max_ptes_swap"),
-        shared=cc.limit("max_ptes_shared"),
-        daemon=cc.is_khugepaged,
-        notified=notified,
-        reclaim_distance=NODE_RECLAIM_DISTANCE if mem.node_reclaim_mode else -1,
-    )
+    with shared_folios(mem, vma.mm, mem.ram.words[table]):
+        scanned = mem.pte_scanner.scan(
+            table,
+            none=0 if vma.userfaultfd_armed() else cc.limit("max_ptes_none"),
+            swap=cc.limit("max_ptes_swap"),
+            shared=cc.limit("max_ptes_shared"),
+            daemon=cc.is_khugepaged,
+            notified=notified,
+            reclaim_distance=NODE_RECLAIM_DISTANCE if mem.node_reclaim_mode else -1,
+            folios=mem.version.large_folios,
+            read_only=mem.version.no_scan_page_ro,
+        )
     load = enumerate(mem.pte_scanner.node_load)
     cc.node_load = {nid: nr for nid, nr in load if nr}
-    result = ScanResult(scanned.result)
-    if result in _EXCEEDED:
-        mem.vmstat.count(_EXCEEDED[result])
-    return Scanned(
-        result,
+    found = Scanned(
+        ScanResult(scanned.result),
         scanned.page,
         bool(scanned.writable),
         scanned.referenced,
         scanned.none_or_zero,
         scanned.unmapped,
     )
+    if found.result in _EXCEEDED:
+        mem.vmstat.count(_EXCEEDED[found.result])
+    return found
 
 
 def _load_nodes(nids: npt.NDArray[np.int64], cc: CollapseControl) -> None:
@@ -212,7 +242,11 @@ def hpage_collapse_scan_file(
 
     Locks: none; the caller holds a reference to `file`.
     """
-    scanned = _scan_entries(mem, file.f_mapping.i_pages.node(start), start, cc)
+    inode = file.inode
+    if isinstance(inode, ShmemInode) and start in inode.swapped_huge:
+        scanned = _scan_huge_value(mem, cc)
+    else:
+        scanned = _scan_entries(mem, file.f_mapping.i_pages.node(start), start, cc)
     result = scanned.result
     if result is ScanResult.SCAN_SUCCEED:
         if cc.is_khugepaged and scanned.present < HPAGE_PMD_NR - cc.limit("max_ptes_none"):
@@ -220,12 +254,15 @@ def hpage_collapse_scan_file(
             mem.vmstat.count(THP_SCAN_EXCEED_NONE_PTE)
         else:
             yield Preempt("scanned")
-            result = yield from collapse_file(mem, mm, addr, file, start, cc)
+            collapse = collapse_file_6_4 if mem.version.collapse_file_keeps_pages else collapse_file
+            result = yield from collapse(mem, mm, addr, file, start, cc)
     mem.emit(
         mm_khugepaged_scan_file(
-            mm.hashed_ptr, scanned.page, file.inode.name, scanned.present, scanned.swap, result
+            mm.hashed_ptr, scanned.page, inode.name, scanned.present, scanned.swap, result
         )
     )
+    if mem.version.copy_queues_memory_failure:
+        memory_failure_work(mem)
     return result
 
 
@@ -236,6 +273,15 @@ class ScannedFile(NamedTuple):
     page: int
     present: int
     swap: int
+
+
+def _scan_huge_value(mem: Memory, cc: CollapseControl) -> ScannedFile:
+    """The walk where a single entry of order 9 says that the block is on swap."""
+    result = ScanResult.SCAN_SUCCEED
+    if cc.limit("max_ptes_swap") < HPAGE_PMD_NR:
+        result = ScanResult.SCAN_EXCEED_SWAP_PTE
+        mem.vmstat.count(THP_SCAN_EXCEED_SWAP_PTE)
+    return ScannedFile(result, -1, 0, HPAGE_PMD_NR)
 
 
 def _scan_entries(mem: Memory, slots: Pfns, start: int, cc: CollapseControl) -> ScannedFile:

@@ -6,11 +6,16 @@ import enum
 import errno
 import os
 
+from pykhuge.kernel.version import KernelVersion
+
 __all__ = ["CollapseError", "ScanResult"]
 
 
 class ScanResult(enum.IntEnum):
-    """enum scan_result (mm/khugepaged.c), with the kernel's numbers."""
+    """enum scan_result (mm/khugepaged.c), with the kernel's numbers.
+
+    Those of a later kernel: `KernelVersion.number`.
+    """
 
     SCAN_FAIL = 0
     SCAN_SUCCEED = 1
@@ -43,6 +48,7 @@ class ScanResult(enum.IntEnum):
     SCAN_PAGE_HAS_PRIVATE = 28
     SCAN_STORE_FAILED = 29
     SCAN_COPY_MC = 30
+    SCAN_PAGE_FILLED = 31  # since 6.4
 
     @property
     def text(self) -> str:
@@ -53,6 +59,12 @@ class ScanResult(enum.IntEnum):
     def errno(self) -> int:
         """What MADV_COLLAPSE returns if this was the last failure; 0 for the two successes."""
         return _ERRNO.get(self, errno.EINVAL)
+
+    def errno_of(self, version: KernelVersion) -> int:
+        """What MADV_COLLAPSE of kernel `version` returns for it."""
+        if version.exceed_none_is_ebusy and self is ScanResult.SCAN_EXCEED_NONE_PTE:
+            return errno.EBUSY
+        return self.errno
 
 
 _TEXT = (
@@ -87,6 +99,7 @@ _TEXT = (
     "page_has_private",
     "store_failed",
     "copy_poisoned_page",
+    "page_filled",
 )
 
 _ERRNO = {
@@ -98,12 +111,14 @@ _ERRNO = {
     ScanResult.SCAN_PAGE_LRU: errno.EAGAIN,
     ScanResult.SCAN_PAGE_LOCK: errno.EAGAIN,
     ScanResult.SCAN_DEL_PAGE_LRU: errno.EAGAIN,
+    ScanResult.SCAN_PAGE_FILLED: errno.EAGAIN,
 }
 
 
 class CollapseError(OSError):
     """MADV_COLLAPSE failed: `errno`, and the last `scan_result` behind it."""
 
-    def __init__(self, scan_result: ScanResult) -> None:
+    def __init__(self, scan_result: ScanResult, version: KernelVersion = KernelVersion.REF) -> None:
         self.scan_result = scan_result
-        super().__init__(scan_result.errno, f"{os.strerror(scan_result.errno)}: {scan_result.name}")
+        number = scan_result.errno_of(version)
+        super().__init__(number, f"{os.strerror(number)}: {scan_result.name}")

@@ -29,6 +29,10 @@ def _pfn(pfn: int) -> str:
     return f"{pfn & (1 << 64) - 1:#x}"
 
 
+def _writable(writable: bool | None) -> str:
+    return "" if writable is None else f", writable={writable:d}"
+
+
 class Event:
     """What all of them have in common: the class is called as the event is."""
 
@@ -42,11 +46,14 @@ class Event:
 
 @dataclass(slots=True)
 class mm_khugepaged_scan_pmd(Event):  # noqa: N801
-    """One block scanned. mm: hashed pointer; scan_pfn: the last page looked at, -1 if none."""
+    """One block scanned. mm: hashed pointer; scan_pfn: the last page looked at, -1 if none.
+
+    writable: None for a kernel that has no such field.
+    """
 
     mm: int
     scan_pfn: int
-    writable: bool
+    writable: bool | None
     referenced: int
     none_or_zero: int
     status: ScanResult
@@ -55,7 +62,7 @@ class mm_khugepaged_scan_pmd(Event):  # noqa: N801
     def body(self) -> str:
         """What TP_printk makes of the fields."""
         return (
-            f"mm={_pointer(self.mm)}, scan_pfn={_pfn(self.scan_pfn)}, writable={self.writable:d},"
+            f"mm={_pointer(self.mm)}, scan_pfn={_pfn(self.scan_pfn)}{_writable(self.writable)},"
             f" referenced={self.referenced}, none_or_zero={self.none_or_zero},"
             f" status={self.status.text}, unmapped={self.unmapped}"
         )
@@ -76,25 +83,28 @@ class mm_collapse_huge_page(Event):  # noqa: N801
 
 @dataclass(slots=True)
 class mm_collapse_huge_page_isolate(Event):  # noqa: N801
-    """The pages of one block were isolated, or not."""
+    """The pages of one block were isolated, or not. writable: None as above."""
 
     scan_pfn: int
     none_or_zero: int
     referenced: int
-    writable: bool
+    writable: bool | None
     status: ScanResult
 
     def body(self) -> str:
         """What TP_printk makes of the fields."""
         return (
             f"scan_pfn={_pfn(self.scan_pfn)}, none_or_zero={self.none_or_zero},"
-            f" referenced={self.referenced}, writable={self.writable:d}, status={self.status.text}"
+            f" referenced={self.referenced}{_writable(self.writable)}, status={self.status.text}"
         )
 
 
 @dataclass(slots=True)
 class mm_collapse_huge_page_swapin(Event):  # noqa: N801
-    """Swapped-out pages of one block were brought in; ret is 1 if all of them were."""
+    """Swapped-out pages of one block were brought in.
+
+    ret: 1 if all of them were, else 0; since 6.5 the number of the scan_result.
+    """
 
     mm: int
     swapped_in: int
@@ -130,7 +140,10 @@ class mm_khugepaged_scan_file(Event):  # noqa: N801
 
 @dataclass(slots=True)
 class mm_khugepaged_collapse_file(Event):  # noqa: N801
-    """One collapse of a file's block ended. index: how far it came; nr: pages of the huge page."""
+    """One collapse of a file's block ended. index: how far it came; nr: pages of the huge page.
+
+    addr_in_hex: as it is printed since 6.12.
+    """
 
     mm: int
     hpage_pfn: int
@@ -140,11 +153,13 @@ class mm_khugepaged_collapse_file(Event):  # noqa: N801
     filename: str
     nr: int
     result: ScanResult
+    addr_in_hex: bool = False
 
     def body(self) -> str:
         """What TP_printk makes of the fields."""
+        addr = f"{self.addr:x}" if self.addr_in_hex else f"{self.addr}"
         return (
             f"mm={_pointer(self.mm)}, hpage_pfn={_pfn(self.hpage_pfn)}, index={self.index},"
-            f" addr={self.addr}, is_shmem={self.is_shmem:d}, filename={self.filename},"
+            f" addr={addr}, is_shmem={self.is_shmem:d}, filename={self.filename},"
             f" nr={self.nr}, result={self.result.text}"
         )

@@ -212,6 +212,9 @@ def _fault_block(mem: Memory, vma: Vma, start: int, end: int, write: bool) -> No
         addr += int(missing[0]) << PAGE_SHIFT
         first += int(missing[0])
         pte = int(ptes[first])
+        if is_marker(pte) and not vma.vm_flags & VM_UFFD_WP:
+            pte = 0  # left over from a registration that is gone
+            ptes[first] = 0
         if vma.vm_file is not None and (pte == 0 or is_marker(pte)):
             nr = do_fault(mem, vma, addr, ptes, first, last, write)
         elif pte == 0:
@@ -343,8 +346,23 @@ def _do_huge_pmd_fault(mem: Memory, vma: Vma, addr: int, pmd: int, write: bool) 
             set_pmd(mem, vma.mm, addr, pmd | PAGE_RW | PAGE_DIRTY | PAGE_ACCESSED)
             mem.vmstat.count(PGFAULT)
             return True
+    elif mem.version.huge_zero_page_gives_huge and _do_huge_zero_wp_pmd(mem, vma, addr):
+        return True
     split_huge_pmd(mem, vma, addr)
     return False
+
+
+def _do_huge_zero_wp_pmd(mem: Memory, vma: Vma, addr: int) -> bool:
+    """Put a huge page in place of the huge zero page, if there is one (Linux 6.13)."""
+    head = _huge_page_for_fault(mem, vma)
+    if head is None:
+        return False
+    mem.ram.pages[head : head + HPAGE_PMD_NR] = 0
+    map_new_huge_page(mem, vma, addr & -HPAGE_PMD_SIZE, head)
+    mem.mod_mm(vma.mm, MM_ANONPAGES, HPAGE_PMD_NR)
+    mem.vmstat.count(THP_FAULT_ALLOC)
+    mem.vmstat.count(PGFAULT)
+    return True
 
 
 def _swap_fault(mem: Memory, vma: Vma, addr: int, ptes: Ptes, slot: int, write: bool) -> None:

@@ -103,8 +103,7 @@ def map_huge_file_page(mem: Memory, vma: Vma, addr: int, write: bool) -> bool:
         return False
     if index << PAGE_SHIFT >= inode.i_size:
         raise BusError(addr, BUS_ADRERR)
-    missing = mapping.i_pages.load(index) == 0
-    if missing and isinstance(inode, ShmemInode) and shmem_is_huge(mem, inode, index, vma):
+    if isinstance(inode, ShmemInode) and _comes_huge(mem, vma, inode, index):
         with _sigbus_at(addr):
             _get_pages(mem, vma, index, 1)
     head = mapping.i_pages.load(index)
@@ -119,6 +118,14 @@ def map_huge_file_page(mem: Memory, vma: Vma, addr: int, write: bool) -> bool:
         set_page_dirty(mem, np.array([head]))
     mem.vmstat.count(PGFAULT)
     return True
+
+
+def _comes_huge(mem: Memory, vma: Vma, inode: ShmemInode, index: int) -> bool:
+    """Whether a fault will bring a huge page into the page cache, a new one or from swap."""
+    entry = inode.i_mapping.i_pages.load(index)
+    if entry == 0:
+        return shmem_is_huge(mem, inode, index, vma)
+    return entry < 0 and index & -HPAGE_PMD_NR in inode.swapped_huge
 
 
 def do_fault(

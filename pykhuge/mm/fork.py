@@ -104,6 +104,8 @@ def _dup_vma(mem: Memory, vma: Vma, child: Mm) -> None:
     copy.anon_vma = own
     for low, high in each_block(vma.vm_start, vma.vm_end):
         pmd = pmd_of(mem, vma.mm, low)
+        if pmd is not None:
+            pmd_table(mem, child, low)
         if pmd and pmd_trans_huge(pmd) and vma.vm_file is not None:
             continue
         if pmd and pmd_trans_huge(pmd) and not _copy_huge_pmd(mem, vma, copy, low, pmd):
@@ -138,8 +140,6 @@ def _needs_cow_for_dma(mem: Memory, vma: Vma, head: int) -> bool:
 def _copy_pte_range(mem: Memory, vma: Vma, copy: Vma, low: int, high: int) -> None:
     """Copy one block's entries: pages shared and write-protected, swap entries duplicated."""
     source, pages = ptes_of(mem, vma.mm, low, high), mem.pages
-    if not source.any():
-        return
     first = pte_index(low)
     target = mem.ram.words[pte_table(mem, copy.mm, low), first : first + len(source)]
     swapped = is_swap_ptes(source) & (source >> np.uint64(SWP_TYPE_SHIFT) == 0)

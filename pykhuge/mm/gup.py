@@ -8,14 +8,40 @@ import numpy as np
 
 from pykhuge.hw.memory import PAGE_SIZE
 from pykhuge.kernel.sched import Steps, WouldBlock
-from pykhuge.mm.errors import BUS_MCEERR_AR, EHWPOISON, BusError, SegmentationFault, os_error
+from pykhuge.mm.errors import (
+    BUS_MCEERR_AR,
+    EHWPOISON,
+    BusError,
+    SegmentationFault,
+    UserFault,
+    os_error,
+)
 from pykhuge.mm.fault import access_vma, handle_mm_fault
 from pykhuge.mm.mm_types import MMF_HAS_PINNED, Mm
 from pykhuge.mm.mmzone import Memory
-from pykhuge.mm.page import GUP_PIN_COUNTING_BIAS, Pfns, PG_head, PG_locked, compound_head
-from pykhuge.mm.page_table import PAGE_PRESENT, PAGE_RW, pmd_trans_huge, pte_index, pte_pfn
-from pykhuge.mm.rmap import pmd_of
-from pykhuge.mm.swap import put_pages
+from pykhuge.mm.page import (
+    GUP_PIN_COUNTING_BIAS,
+    Pfns,
+    PG_head,
+    PG_locked,
+    PG_referenced,
+    compound_head,
+)
+from pykhuge.mm.page_table import (
+    PAGE_ACCESSED,
+    PAGE_DIRTY,
+    PAGE_PRESENT,
+    PAGE_RW,
+    U_PRESENT,
+    each_block,
+    pmd_trans_huge,
+    pte_index,
+    pte_pfn,
+    pte_pfns,
+)
+from pykhuge.mm.page_writeback import set_page_dirty
+from pykhuge.mm.rmap import pmd_of, ptes_of, set_pmd
+from pykhuge.mm.swap import mark_page_accessed, put_pages
 
 __all__ = [
     "LockedPage",
@@ -23,6 +49,7 @@ __all__ = [
     "follow_page",
     "get_user_pages",
     "lock_page",
+    "populate",
 ]
 
 
@@ -98,6 +125,8 @@ def _grab(mem: Memory, pfn: int, *, pinned: bool) -> None:
     mem.pages.refcount[head] += GUP_PIN_COUNTING_BIAS if pinned and not compound else 1
     if pinned and compound:
         mem.pages.pincount[head] += 1
+    if pfn not in (mem.zero_pfn, mem.huge_zero_pfn):
+        mem.pages.flags[head] |= np.uint32(PG_referenced)
 
 
 def _unpin(mem: Memory, pfns: Pfns) -> None:
@@ -147,6 +176,40 @@ def get_user_pages(
     if pinned:
         mm.flags |= MMF_HAS_PINNED
     return UserPages(mem, np.array(pfns, np.int64), pinned=pinned)
+
+
+def populate(mem: Memory, mm: Mm, start: int, end: int, *, write: bool) -> Steps[None]:
+    """Fault [start, end) in and touch it, as mlock and MADV_POPULATE_* do (FOLL_TOUCH).
+
+    Raises: what `handle_mm_fault` does, with all below the fault touched.
+    """
+    stop = start
+    try:
+        yield from handle_mm_fault(mem, mm, start, end, write=write)
+        stop = end
+    except (SegmentationFault, BusError, UserFault) as fault:
+        stop = fault.address & -PAGE_SIZE
+        raise
+    finally:
+        for low, high in each_block(start, stop):
+            _touch(mem, mm, low, high, write=write)
+
+
+def _touch(mem: Memory, mm: Mm, low: int, high: int, *, write: bool) -> None:
+    """Mark one block's pages accessed, and for writing those dirty that no entry says are."""
+    pmd = pmd_of(mem, mm, low)
+    if not pmd:
+        return
+    if pmd_trans_huge(pmd):
+        set_pmd(mem, mm, low, pmd | PAGE_ACCESSED | (PAGE_DIRTY if write else 0))
+        return
+    ptes = ptes_of(mem, mm, low, high)
+    ptes = ptes[(ptes & U_PRESENT != 0) & (pte_pfns(ptes) != mem.zero_pfn)]
+    clean = pte_pfns(ptes[ptes & np.uint64(PAGE_DIRTY) == 0])
+    if write and len(clean):
+        set_page_dirty(mem, clean)
+    for head in compound_head(mem.pages, pte_pfns(ptes)).tolist():
+        mark_page_accessed(mem, head)
 
 
 def _fault_in(mem: Memory, mm: Mm, start: int, end: int, *, write: bool) -> Steps[None]:

@@ -10,6 +10,7 @@ from pykhuge.mm.mm_types import (
     VM_EXEC,
     VM_HUGEPAGE,
     VM_HUGETLB,
+    VM_LOCKED,
     VM_NOHUGEPAGE,
     VM_SPECIAL,
     Mm,
@@ -19,6 +20,7 @@ from pykhuge.mm.mm_types import (
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import (
     Pfns,
+    PG_anon,
     PG_anon_exclusive,
     PG_dirty,
     PG_has_hwpoisoned,
@@ -45,9 +47,17 @@ from pykhuge.mm.page_table import (
     pte_pfn,
 )
 from pykhuge.mm.page_writeback import set_page_dirty
-from pykhuge.mm.rmap import mm_counter, page_mappings, page_remove_huge_rmap, pmd_of, set_pmd
+from pykhuge.mm.rmap import (
+    mm_counter,
+    page_mappings,
+    page_remove_huge_rmap,
+    page_remove_rmap,
+    pmd_of,
+    set_pmd,
+)
 from pykhuge.mm.swap import put_pages
 from pykhuge.mm.vmstat import (
+    MM_ANONPAGES,
     NR_PAGETABLE,
     THP_SPLIT_PAGE,
     THP_SPLIT_PAGE_FAILED,
@@ -71,6 +81,9 @@ __all__ = [
     "split_huge_pmd",
     "transhuge_vma_suitable",
 ]
+
+# How the zero page is mapped.
+ZERO_PROT = PAGE_PRESENT | PAGE_USER | PAGE_ACCESSED | PAGE_SPECIAL
 
 
 class OutOfMemory(MemoryError):
@@ -115,11 +128,13 @@ def hugepage_vma_check(
         return False
     inode = vma.vm_file.inode if vma.vm_file is not None else None
     if isinstance(inode, ShmemInode) and not in_pf:
-        return shmem_is_huge(mem, inode, vma.vm_pgoff, vma, flags, force=not enforce_sysfs)
+        heeded = vma.vm_flags if mem.version.shmem_heeds_past_advice else flags
+        return shmem_is_huge(mem, inode, vma.vm_pgoff, vma, heeded, force=not enforce_sysfs)
     if enforce_sysfs and not _enabled_for(mem, flags):
         return False
     if inode is not None:
-        return not in_pf and bool(flags & VM_EXEC) and inode.i_writecount <= 0
+        exec_ok = mem.version.file_thp_without_exec or bool(flags & VM_EXEC)
+        return not in_pf and exec_ok and inode.i_writecount <= 0
     return smaps or in_pf or vma.anon_vma is not None
 
 
@@ -233,8 +248,7 @@ def split_huge_pmd(mem: Memory, vma: Vma, addr: int) -> None:
     head = pte_pfn(pmd)
     mem.vmstat.count(THP_SPLIT_PMD)
     if head == mem.huge_zero_pfn:
-        prot = PAGE_PRESENT | PAGE_USER | PAGE_ACCESSED | PAGE_SPECIAL | pmd & PAGE_UFFD_WP
-        mem.ram.words[table] = (mem.zero_pfn << 12) | prot
+        mem.ram.words[table] = (mem.zero_pfn << 12) | ZERO_PROT | pmd & PAGE_UFFD_WP
     else:
         _split_pmd_of_page(mem, head, table, pmd)
     set_pmd(mem, mm, haddr, (table << 12) | TABLE)
@@ -270,11 +284,14 @@ def _split_pmd_of_page(mem: Memory, head: int, table: int, pmd: int) -> None:
     pages.mapcount[subpages] += 1
 
 
-def split_huge_page(mem: Memory, head: int, *, pinned: int | None = None) -> bool:
+def split_huge_page(
+    mem: Memory, head: int, *, pinned: int | None = None, to_swap: bool = False
+) -> bool:
     """Make 512 base pages of one compound page. Refused while anything but mappings refers to it.
 
     Args:
         pinned: subpage to which the caller has a reference, which it keeps.
+        to_swap: it is swapped out as one: its pages are told apart, but it is not split by name.
     Kernel: split_huge_page_to_list. Returns: whether it was split.
     """
     pages, pins = mem.pages, int(pinned is not None)
@@ -284,8 +301,11 @@ def split_huge_page(mem: Memory, head: int, *, pinned: int | None = None) -> boo
     for mapping in list(page_mappings(mem, head)):
         if mapping.table < 0:
             split_huge_pmd(mem, mapping.vma, mapping.addr)
-    mem.vmstat.count(THP_SPLIT_PAGE)
     subpages = np.arange(head, head + HPAGE_PMD_NR)
+    if not to_swap:
+        mem.vmstat.count(THP_SPLIT_PAGE)
+    if not to_swap and mem.version.split_maps_zero_page and pages.flags[head] & PG_anon:
+        _map_zero_page(mem, subpages)
     own = np.uint32(PG_anon_exclusive | PG_hwpoison)
     gone = PG_head | PG_tail | PG_mlocked | PG_unevictable | PG_has_hwpoisoned
     kept = np.uint32(~gone & 0xFFFFFFFF) & ~own
@@ -299,6 +319,27 @@ def split_huge_page(mem: Memory, head: int, *, pinned: int | None = None) -> boo
     pages.lru_seq[subpages] = pages.lru_seq[head]
     _free_unmapped(mem, subpages)
     return True
+
+
+def _map_zero_page(mem: Memory, subpages: Pfns) -> None:
+    """Map the zero page instead of subpages without content, but where it is mlocked (Linux 6.12).
+
+    Kernel: try_to_map_unused_to_zeropage.
+    """
+    pages = mem.pages
+    pages.refcount[subpages[0]] += 1  # should nothing be left: it is counted anew afterwards
+    empty = ~mem.ram.pages[subpages].any(axis=1)
+    empty &= pages.flags[subpages] & np.uint32(PG_hwpoison) == 0
+    for pfn in subpages[empty].tolist():
+        for mapping in list(page_mappings(mem, pfn)):
+            if mapping.vma.vm_flags & VM_LOCKED:
+                continue
+            word = int(mem.ram.words[mapping.table, mapping.slot])
+            zero = (mem.zero_pfn << PAGE_SHIFT) | ZERO_PROT | word & PAGE_UFFD_WP
+            mem.ram.words[mapping.table, mapping.slot] = zero
+            page_remove_rmap(mem, np.array([pfn]), mapping.vma)
+            mem.mod_mm(mapping.vma.mm, MM_ANONPAGES, -1)
+            put_pages(mem, np.array([pfn]))
 
 
 def _free_unmapped(mem: Memory, subpages: Pfns) -> None:

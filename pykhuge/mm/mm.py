@@ -286,9 +286,12 @@ def change_flags(
     """
     for vma in isolate_vmas(mem, mm, start, end):
         vma.vm_flags = change(vma)
-    for vma in vmas_in(mm, start, end):
-        if vma in mm.vmas:
-            vma_merge(mem, mm, vma)
+    nr_before = 0
+    while nr_before != len(mm.vmas):  # what is cut off at `end` may join what joined before it
+        nr_before = len(mm.vmas)
+        for vma in vmas_in(mm, start, end):
+            if vma in mm.vmas:
+                vma_merge(mem, mm, vma)
     return vmas_in(mm, start, end)
 
 

@@ -177,7 +177,8 @@ class ShmemSuperBlock:
 class ShmemInode(Inode):
     """struct shmem_inode_info. alloced: pages charged. swapped: pages that are on swap.
 
-    fallocend: first page index behind what was ever preallocated.
+    fallocend: first page index behind what was ever preallocated. swapped_huge: first page of
+    each block that went to swap as one (an entry of order 9).
 
     flags: VM_NORESERVE if pages are committed one by one, else the whole size was beforehand.
     """
@@ -186,6 +187,7 @@ class ShmemInode(Inode):
     alloced: int = 0
     fallocend: int = 0
     swapped: int = 0
+    swapped_huge: set[int] = field(default_factory=set)
     flags: int = VM_NORESERVE
 
 

@@ -7,6 +7,7 @@ is a NUMA node's range of page frames (struct pglist_data).
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from pykhuge.kernel.clock import Clock
 from pykhuge.kernel.panic import KernelPanic
 from pykhuge.kernel.sched import Sched, Task
 from pykhuge.kernel.trace import Trace, TraceEvent
+from pykhuge.kernel.version import KernelVersion
 from pykhuge.mm.mm_types import (
     AddressSpace,
     AnonVma,
@@ -173,10 +175,12 @@ class Memory:
         nr_swap_slots: int,
         nr_cpus: int,
         recovery: bool,
+        version: KernelVersion,
         seed: int,
     ) -> None:
         nr_pages = sum(nr_pages_by_node) + nr_device_pages
         self.recovery = recovery
+        self.version = version
         self._last_pid = 0
         self.panic: KernelPanic | None = None
         self.rng = random.Random(seed)
@@ -215,6 +219,8 @@ class Memory:
         self.in_flight: dict[int, Task[Any]] = {}
         # Files that code in progress refers to: for the audit.
         self.held_files: list[File] = []
+        # Holes that a collapse has charged, and not yet filled, by key of the cache: for the audit.
+        self.charged_ahead: Counter[int] = Counter()
         # Cached huge pages that a collapse has locked, and by whom.
         self.page_locks: dict[int, Task[Any]] = {}
         self.user_pages: list[HeldPages] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 
 import numpy as np
@@ -10,13 +11,13 @@ import numpy.typing as npt
 from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SIZE
 from pykhuge.kernel.locking import WRITE
 from pykhuge.kernel.sched import Acquire, Release, Steps
-from pykhuge.mm.errors import os_error
+from pykhuge.mm.errors import BusError, SegmentationFault, UserFault, os_error
 from pykhuge.mm.fault import find_vma
-from pykhuge.mm.huge_memory import (
-    split_huge_pmd,
-)
+from pykhuge.mm.gup import populate
+from pykhuge.mm.huge_memory import OutOfMemory, split_huge_pmd
 from pykhuge.mm.mm import change_flags, check_range, check_whole, mapped_up_to, vmas_in
 from pykhuge.mm.mm_types import (
+    VM_LOCKED,
     VM_SHARED,
     VM_WRITE,
     Mm,
@@ -65,11 +66,14 @@ def do_mprotect(mem: Memory, mm: Mm, addr: int, length: int, prot: int) -> Steps
     if denied is not None:
         stop = max(addr, denied.vm_start)
     changed: list[tuple[int, int]] = []
+    locked: list[tuple[int, int]] = []
 
     def change(vma: Vma) -> int:
         flags = vma.vm_flags & ~0x7 | prot
         if flags != vma.vm_flags:
             changed.append((vma.vm_start, vma.vm_end))
+            if prot & VM_WRITE and vma.vm_flags & (VM_WRITE | VM_SHARED | VM_LOCKED) == VM_LOCKED:
+                locked.append((vma.vm_start, vma.vm_end))
         return flags
 
     change_flags(mem, mm, addr, stop, change)
@@ -79,6 +83,10 @@ def do_mprotect(mem: Memory, mm: Mm, addr: int, length: int, prot: int) -> Steps
         else:
             wrprotect_range(mem, mm, low, high)
     yield Release(mm.mmap_lock)
+    for low, high in locked:
+        # What is mlocked and private is copied now, not when it is written to; errors are ignored.
+        with contextlib.suppress(BusError, SegmentationFault, OutOfMemory, UserFault):
+            yield from populate(mem, mm, low, high, write=True)
     if denied is not None:
         raise os_error(errno.EACCES, f"the file mapped at {denied} is not open for writing")
     check_whole(stop, end)

@@ -34,6 +34,7 @@ from pykhuge.mm.mm_types import (
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.new_pages import pmd_table, pte_table
 from pykhuge.mm.page_table import (
+    PAGE_UFFD_WP,
     pmd_trans_huge,
     pte_index,
 )
@@ -42,6 +43,7 @@ from pykhuge.mm.rmap import (
     pmd_of,
     ptes_of,
     set_pmd,
+    uffd_wp_lifted,
     unlink_anon_vmas,
 )
 
@@ -75,8 +77,8 @@ def do_mremap(mem: Memory, mm: Mm, old: int, length: int, new: int, new_length: 
     # Without pages of its own it takes the place's offset, so that it can merge there (copy_vma).
     untouched = vma.anon_vma is None and vma.vm_file is None
     pgoff = new >> PAGE_SHIFT if untouched else vma.vm_pgoff
-    moved = Vma(mm, new, new + moved_end - old, vma.vm_flags & ~VM_UFFD_FLAGS, pgoff)
-    moved.vm_file = vma.vm_file
+    moved = Vma(mm, new, new + moved_end - old, vma.vm_flags, pgoff)
+    moved.userfaultfd_ctx, moved.vm_file = vma.userfaultfd_ctx, vma.vm_file
     moved.anon_vma = vma.anon_vma
     anon_vma_clone(moved, vma)
     insert_vma(mm, moved)
@@ -93,7 +95,10 @@ def do_mremap(mem: Memory, mm: Mm, old: int, length: int, new: int, new_length: 
     free_pgtables(mem, mm, vma.vm_start, vma.vm_end)
     unlink_anon_vmas(mem, vma)
     files += unlink_file_vma(mem, vma)
-    vma_merge(mem, mm, moved)
+    moved = vma_merge(mem, mm, moved)
+    if error is None:
+        # No longer watched: and with it what it is one with in its new place (copy_vma merged it).
+        moved.userfaultfd_ctx, moved.vm_flags = None, moved.vm_flags & ~VM_UFFD_FLAGS
     yield Release(mm.mmap_lock)
     yield from release_files(mem, files)
     if error is not None:
@@ -103,6 +108,8 @@ def do_mremap(mem: Memory, mm: Mm, old: int, length: int, new: int, new_length: 
 
 def _move_page_tables(mem: Memory, old: Vma, new: Vma) -> None:
     mm, offset = old.mm, new.vm_start - old.vm_start
+    lifts_wp = mem.version.mremap_lifts_uffd_wp and old.userfaultfd_ctx is not None
+    keep = ~PAGE_UFFD_WP if lifts_wp else -1
     addr = old.vm_start
     while addr < old.vm_end:
         stop = min(
@@ -112,8 +119,9 @@ def _move_page_tables(mem: Memory, old: Vma, new: Vma) -> None:
         )
         pmd = pmd_of(mem, mm, addr)
         if pmd:
-            if stop - addr == HPAGE_PMD_SIZE and not pmd_of(mem, mm, addr + offset):
-                _move_pmd(mem, old, addr, addr + offset, pmd)
+            whole = stop - addr == HPAGE_PMD_SIZE and not pmd_of(mem, mm, addr + offset)
+            if whole and (pmd_trans_huge(pmd) or not lifts_wp):
+                _move_pmd(mem, old, addr, addr + offset, pmd & keep)
             else:
                 if pmd_trans_huge(pmd):
                     split_huge_pmd(mem, old, addr)
@@ -123,7 +131,9 @@ def _move_page_tables(mem: Memory, old: Vma, new: Vma) -> None:
                 source = ptes_of(mem, mm, addr, stop)
                 if source.any():
                     table, first = pte_table(mem, mm, addr + offset), pte_index(addr + offset)
-                    mem.ram.words[table, first : first + len(source)] = source
+                    mem.ram.words[table, first : first + len(source)] = (
+                        uffd_wp_lifted(source) if lifts_wp else source
+                    )
                     source[:] = 0
         addr = stop
 

@@ -29,6 +29,7 @@ __all__ = [
     "PG_isolated",
     "PG_locked",
     "PG_lru",
+    "PG_mapped_shared",
     "PG_mlocked",
     "PG_private",
     "PG_referenced",
@@ -81,6 +82,8 @@ PG_frozen = 1 << 26
 # The frame is bad, and known to be; and, on the head, that one of its subpages is.
 PG_hwpoison = 1 << 27
 PG_has_hwpoisoned = 1 << 28
+# Of a compound page, while it is scanned: more than one mm maps a part of it.
+PG_mapped_shared = 1 << 29
 
 # What a pin (FOLL_PIN) adds to the refcount of a page that is not compound.
 GUP_PIN_COUNTING_BIAS = 1024

@@ -34,6 +34,7 @@ from pykhuge.mm.page_table import (
     PAGE_DIRTY,
     PAGE_PRESENT,
     PAGE_RW,
+    PAGE_SWP_UFFD_WP,
     PAGE_UFFD_WP,
     PTE_MARKER_UFFD_WP,
     PUD_SHIFT,
@@ -41,6 +42,7 @@ from pykhuge.mm.page_table import (
     U_PRESENT,
     Ptes,
     each_block,
+    is_swap_ptes,
     make_swap_pte,
     pmd_trans_huge,
     pte_index,
@@ -86,6 +88,7 @@ __all__ = [
     "ptes_of",
     "set_pmd",
     "try_to_unmap",
+    "uffd_wp_lifted",
     "unlink_anon_vmas",
 ]
 
@@ -115,6 +118,12 @@ def ptes_of(mem: Memory, mm: Mm, low: int, high: int) -> Ptes:
     assert pmd
     first = pte_index(low)
     return mem.ram.words[pte_pfn(pmd), first : first + (high - low >> PAGE_SHIFT)]
+
+
+def uffd_wp_lifted(ptes: Ptes) -> Ptes:
+    """The words without the write protection of userfaultfd; markers for it become none."""
+    bits = np.where(is_swap_ptes(ptes), PAGE_SWP_UFFD_WP, PAGE_UFFD_WP).astype(np.uint64)
+    return np.where(ptes == MARKER_UFFD_WP, np.uint64(0), ptes & ~bits)
 
 
 def anon_vma_new(mem: Memory, root: AnonVma | None = None) -> AnonVma:
@@ -403,6 +412,33 @@ def page_mappings(mem: Memory, pfn: int) -> Iterator[Mapping]:
         pte = int(mem.ram.words[table, slot])
         if pte & PAGE_PRESENT and pte_pfn(pte) == pfn:
             yield Mapping(vma, addr, table, slot)
+
+
+def mapped_by_another(mem: Memory, mm: Mm, head: int) -> bool:
+    """folio_maybe_mapped_shared() of a compound page that `mm` maps: another one does, too."""
+    mapping = mem.mappings.get(int(mem.pages.mapping[head]))
+    if mapping is None:
+        return False
+    vmas = mapping.i_mmap if isinstance(mapping, AddressSpace) else mapping.vmas
+    return any(vma.mm is not mm and _maps_part(mem, vma, head) for vma in vmas)
+
+
+def _maps_part(mem: Memory, vma: Vma, head: int) -> bool:
+    start = vma.address_of(int(mem.pages.index[head]))
+    low, high = max(start, vma.vm_start), min(start + HPAGE_PMD_SIZE, vma.vm_end)
+    for first in range(low & -HPAGE_PMD_SIZE, high, HPAGE_PMD_SIZE):
+        pmd = pmd_of(mem, vma.mm, first)
+        if not pmd:
+            continue
+        if pmd_trans_huge(pmd):
+            if pte_pfn(pmd) == head:
+                return True
+            continue
+        ptes = ptes_of(mem, vma.mm, max(low, first), min(high, first + HPAGE_PMD_SIZE))
+        mapped = (ptes & U_PRESENT != 0) & (pte_pfns(ptes) & -HPAGE_PMD_NR == head)
+        if mapped.any():
+            return True
+    return False
 
 
 def try_to_unmap(mem: Memory, mapping: AddressSpace, start: int, pages: Pfns) -> None:

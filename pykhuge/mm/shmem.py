@@ -52,7 +52,13 @@ from pykhuge.mm.swap_state import (
     swap_readpage,
     swap_writepage,
 )
-from pykhuge.mm.vmstat import THP_FILE_ALLOC, THP_FILE_FALLBACK, THP_FILE_FALLBACK_CHARGE
+from pykhuge.mm.vmstat import (
+    PGMAJFAULT,
+    PSWPIN,
+    THP_FILE_ALLOC,
+    THP_FILE_FALLBACK,
+    THP_FILE_FALLBACK_CHARGE,
+)
 from pykhuge.mm.xarray import SWAPIN_ERROR, is_swap_value, swap_value
 
 __all__ = [
@@ -204,7 +210,7 @@ def shmem_get_folio(
         raise os_error(errno.EINVAL, f"page {index} of {inode.name}: allowed below its end")
     entry = inode.i_mapping.i_pages.load(index)
     if entry < 0:
-        return _swapin_folio(mem, inode, index, entry, memcg, nid, major=vma is not None)
+        return _swapin_folio(mem, inode, index, entry, memcg, nid, vma)
     if entry > 0 and (page := _cached_page(mem, entry, index, sgp)) is not None:
         return page
     if sgp is Sgp.SGP_READ:
@@ -310,12 +316,17 @@ def _swapin_folio(
     entry: int,
     memcg: MemCgroup,
     nid: int,
-    *,
-    major: bool,
+    vma: Vma | None = None,
 ) -> int:
     """shmem_swapin_folio(): the page comes back from swap, dirty, its slot is freed."""
     if not is_swap_value(entry):
         raise os_error(errno.EIO, f"page {index} of {inode.name} was lost by the swap device")
+    start, major = index & -HPAGE_PMD_NR, vma is not None
+    if start in inode.swapped_huge:
+        inode.swapped_huge.remove(start)  # what cannot come back as one is split into its slots
+        watched = vma is not None and vma.userfaultfd_armed()
+        if not watched and (head := _swapin_huge(mem, inode, start, memcg, nid, major)) is not None:
+            return head + index % HPAGE_PMD_NR
     slot = -entry
     pfn = mem.swap.cache.get(slot)
     if pfn is None:
@@ -341,6 +352,36 @@ def _swapin_folio(
     if lost:
         raise os_error(errno.EIO, f"page {index} of {inode.name} cannot be read from swap")
     return pfn
+
+
+def _swapin_huge(
+    mem: Memory, inode: ShmemInode, start: int, memcg: MemCgroup, nid: int, major: bool
+) -> int | None:
+    """A block that went to swap as one comes back as one; None if it must come page by page."""
+    slots = (-inode.i_mapping.i_pages.node(start)).tolist()
+    if any(slot in mem.swap.cache or slot in mem.swap.bad for slot in slots):
+        return None
+    head = alloc_huge_page(mem, nid)
+    if head is None:
+        return None
+    if not charge(mem, memcg, HPAGE_PMD_NR):
+        put_pages(mem, np.array([head]))
+        return None
+    mem.pages.memcg[head] = memcg.key
+    mem.vmstat.count(PSWPIN, HPAGE_PMD_NR)
+    if major:
+        mem.vmstat.count(PGMAJFAULT)
+    for place, slot in enumerate(slots):
+        mem.ram.pages[head + place] = np.frombuffer(mem.swap.contents[slot], np.uint8)
+    mod_swapped(mem, inode, -HPAGE_PMD_NR)
+    add_huge_to_page_cache(mem, inode.i_mapping, start, head)
+    mem.pages.flags[head] |= U_UPTODATE | U_DIRTY
+    lru_add_huge_page(mem, head)
+    put_pages(mem, np.array([head]))
+    for slot in slots:
+        mem.swap.shmem.discard(slot)
+        swap_free(mem, slot)
+    return head
 
 
 def shmem_writepage(mem: Memory, inode: ShmemInode, index: int, pfn: int) -> bool:
@@ -398,11 +439,26 @@ def shmem_undo_range(
         yield from _zero(mem, inode, start, stop if end is None else min(stop, end))
     if end is not None and end % PAGE_SIZE and end >> PAGE_SHIFT >= first:
         yield from _zero(mem, inode, end & -PAGE_SIZE, end)
+    for block in sorted(inode.swapped_huge):
+        stop = block + HPAGE_PMD_NR
+        if block < last and first < stop:
+            _cut_swapped_huge(mem, inode, block, whole=first <= block and stop <= last)
     if first < last:
         if first < inode.fallocend <= last:
             inode.fallocend = first
         yield from truncate_pages(mem, inode.i_mapping, first, last, even_cows=even_cows)
     shmem_recalc_inode(mem, inode)
+
+
+def _cut_swapped_huge(mem: Memory, inode: ShmemInode, block: int, *, whole: bool) -> None:
+    """Of a block that is on swap as one a part is dropped: it comes back for that, and is split."""
+    if whole:
+        inode.swapped_huge.remove(block)
+        return
+    entry = inode.i_mapping.i_pages.load(block)
+    head = _swapin_folio(mem, inode, block, entry, mem.memcgs[0], 0)
+    if inode.i_mapping.i_pages.order(block):
+        split_huge_file_page(mem, inode.i_mapping, head)
 
 
 def _zero(mem: Memory, inode: ShmemInode, start: int, end: int) -> Steps[None]:
@@ -425,7 +481,7 @@ def _zero(mem: Memory, inode: ShmemInode, start: int, end: int) -> Steps[None]:
 def _zero_bytes(mem: Memory, inode: ShmemInode, start: int, end: int) -> None:
     index = start >> PAGE_SHIFT
     if is_swap_value(entry := inode.i_mapping.i_pages.load(index)):
-        _swapin_folio(mem, inode, index, entry, mem.memcgs[0], 0, major=False)
+        _swapin_folio(mem, inode, index, entry, mem.memcgs[0], 0)
     zero_partial_page(mem, inode.i_mapping, start, end)
 
 

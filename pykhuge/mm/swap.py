@@ -19,6 +19,8 @@ from pykhuge.mm.page import (
     PG_head,
     PG_isolated,
     PG_lru,
+    PG_mlocked,
+    PG_referenced,
     PG_swapbacked,
     PG_tail,
     PG_unevictable,
@@ -46,11 +48,12 @@ __all__ = [
     "lru_cache_add",
     "lru_item",
     "lru_pages",
+    "mark_page_accessed",
     "put_pages",
     "putback_lru_pages",
 ]
 
-PAGEVEC_SIZE = 15
+PAGEVEC_SIZE, LATER_PAGEVEC_SIZE = 15, 31
 
 U_LRU = np.uint32(PG_lru)
 U_NOT_LRU = np.uint32(~PG_lru & 0xFFFFFFFF)
@@ -79,10 +82,11 @@ def lru_cache_add(mem: Memory, pfns: Pfns) -> None:
     """Put pages into this CPU's batch, which takes over one reference of each.
 
     pfns: int64[n], base pages or heads, in the order in which they go onto the list. Full batches
-    of 15 go onto their lists at once; the rest stays in the batch (folio_add_lru).
+    of 15, in later kernels 31, go onto their lists at once; the rest stays (folio_add_lru).
     """
     batch = mem.lru_batches[mem.sched.current.cpu]
-    if len(pfns) == 1 and not mem.pages.flags[pfns[0]] & U_HEAD and len(batch) < PAGEVEC_SIZE - 1:
+    size = LATER_PAGEVEC_SIZE if mem.version.lru_batch_of_31 else PAGEVEC_SIZE
+    if len(pfns) == 1 and not mem.pages.flags[pfns[0]] & U_HEAD and len(batch) < size - 1:
         batch.append(int(pfns[0]))
         return
     waiting = np.concatenate([np.array(batch, np.int64), pfns]) if batch else pfns
@@ -91,7 +95,7 @@ def lru_cache_add(mem: Memory, pfns: Pfns) -> None:
         # A compound page flushes the batch it joins, so the count begins anew behind the last one.
         heads = np.flatnonzero(mem.pages.flags[waiting] & U_HEAD)
         start = int(heads[-1]) + 1
-    flush = start + (len(waiting) - start) // PAGEVEC_SIZE * PAGEVEC_SIZE
+    flush = start + (len(waiting) - start) // size * size
     batch[:] = waiting[flush:].tolist()
     if flush:
         _lru_add(mem, waiting[:flush])
@@ -100,14 +104,35 @@ def lru_cache_add(mem: Memory, pfns: Pfns) -> None:
 def lru_add_huge_page(mem: Memory, head: int) -> None:
     """Put a compound page that somebody refers to onto its list.
 
-    It flushes the batch it joins, so the batch's own reference to it comes and goes at once.
+    It flushes the batch it joins, so the batch's own reference to it comes and goes at once. One
+    that is mlocked does not join that batch (mlock_new_folio).
     """
-    lru_add_drain(mem)
+    if not mem.pages.flags[head] & PG_mlocked:
+        lru_add_drain(mem)
     flags = int(mem.pages.flags[head])
     mem.pages.flags[head] = flags | PG_lru
     mem.pages.lru_seq[head] = mem.lru_clock
     mem.lru_clock += 1
     mem.mod_page(lru_item(flags), head, HPAGE_PMD_NR)
+
+
+def mark_page_accessed(mem: Memory, head: int) -> None:
+    """folio_mark_accessed(): referenced the first time, active the second.
+
+    An active page moves at once: there is no batch of pages to be activated.
+    """
+    flags = int(mem.pages.flags[head])
+    if not flags & PG_referenced:
+        mem.pages.flags[head] |= np.uint32(PG_referenced)
+        return
+    if flags & (PG_active | PG_unevictable):
+        return
+    active = flags & ~PG_referenced | PG_active
+    mem.pages.flags[head] = active
+    if flags & PG_lru:
+        nr = mem.pages.compound_nr(head)
+        mem.mod_page(lru_item(flags), head, -nr)
+        mem.mod_page(lru_item(active), head, nr)
 
 
 def lru_add_drain(mem: Memory, cpu: int | None = None) -> None:

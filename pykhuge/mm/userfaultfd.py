@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,7 +16,6 @@ from pykhuge.mm.file_fault import map_file_pages
 from pykhuge.mm.huge_memory import OutOfMemory, split_huge_pmd
 from pykhuge.mm.mm import (
     change_flags,
-    check_mapped,
     check_range,
     vmas_in,
 )
@@ -35,20 +35,18 @@ from pykhuge.mm.mprotect import mkwrite_range, wrprotect_range
 from pykhuge.mm.new_pages import VM_PAGE_PROT, map_new_pages, new_user_pages, pte_table
 from pykhuge.mm.page_table import (
     PAGE_SPECIAL,
-    PAGE_SWP_UFFD_WP,
     PAGE_UFFD_WP,
     PTE_MARKER_POISONED,
     SWP_PTE_MARKER,
     each_block,
     is_marker,
     is_poison_marker,
-    is_swap_ptes,
     make_swap_pte,
     pmd_trans_huge,
     pte_index,
     pte_pfn,
 )
-from pykhuge.mm.rmap import MARKER_UFFD_WP, anon_vma_prepare, pmd_of, set_pmd
+from pykhuge.mm.rmap import anon_vma_prepare, pmd_of, set_pmd, uffd_wp_lifted
 from pykhuge.mm.shmem import shmem_add_pages
 
 __all__ = [
@@ -73,7 +71,8 @@ def uffd_register(
     end = check_range(addr, length)
     yield Acquire(mm.mmap_lock, WRITE)
     try:
-        check_mapped(mm, addr, end)
+        if not vmas_in(mm, addr, end):
+            raise os_error(errno.EINVAL, f"nothing is mapped in [{addr:#x}, {end:#x})")
         for vma in vmas_in(mm, addr, end):
             if vma.vm_file is not None and not isinstance(vma.vm_file.inode, ShmemInode):
                 raise os_error(errno.EINVAL, f"{vma} maps a file on a disk: allowed memory, shmem")
@@ -109,10 +108,30 @@ def uffd_copy(mem: Memory, mm: Mm, addr: int, data: bytes) -> Steps[None]:
             errno.EINVAL, f"data has {len(data)} bytes: allowed multiples of {PAGE_SIZE}"
         )
     end = check_range(addr, len(data))
+    yield from _fill_pages(
+        mem, mm, addr, end, lambda page: _fill(mem, mm, page, data[page - addr :][:PAGE_SIZE])
+    )
+
+
+def _fill_pages(
+    mem: Memory, mm: Mm, start: int, end: int, fill: Callable[[int], None]
+) -> Steps[None]:
+    """mfill_atomic(): page by page, all within one VMA.
+
+    Raises: OSError of the first page; EAGAIN for one behind it.
+    """
     yield Acquire(mm.mmap_lock, READ)
     try:
-        for page in range(addr, end, PAGE_SIZE):
-            _fill(mem, mm, page, data[page - addr : page - addr + PAGE_SIZE])
+        vma = find_vma(mm, start)
+        if vma is None or not vma.vm_start <= start < end <= vma.vm_end:
+            raise os_error(errno.ENOENT, f"[{start:#x}, {end:#x}) is not inside one mapping")
+        for page in range(start, end, PAGE_SIZE):
+            try:
+                fill(page)
+            except OSError as error:
+                if page == start:
+                    raise
+                raise os_error(errno.EAGAIN, f"filled up to {page:#x}: {error}") from error
     finally:
         mm.mmap_lock.unlock(mem.sched.current)
 
@@ -120,19 +139,18 @@ def uffd_copy(mem: Memory, mm: Mm, addr: int, data: bytes) -> Steps[None]:
 def uffd_zeropage(mem: Memory, mm: Mm, addr: int, length: int) -> Steps[None]:
     """UFFDIO_ZEROPAGE: answer missing faults with the zero page."""
     end = check_range(addr, length)
-    yield Acquire(mm.mmap_lock, READ)
-    try:
-        for page in range(addr, end, PAGE_SIZE):
-            vma, table, place = _missing(mem, mm, page)
-            if vma.vm_file is not None and vma.vm_flags & VM_SHARED:
-                _fill_shmem(mem, vma, page, table, place, bytes(PAGE_SIZE))
-                continue
-            if mem.ram.words[table, place]:
-                raise os_error(errno.EEXIST, f"{page:#x} has a marker")
-            anon_vma_prepare(mem, vma)
-            mem.ram.words[table, place] = (mem.zero_pfn << PAGE_SHIFT) | VM_PAGE_PROT | PAGE_SPECIAL
-    finally:
-        mm.mmap_lock.unlock(mem.sched.current)
+    yield from _fill_pages(mem, mm, addr, end, lambda page: _map_zero(mem, mm, page))
+
+
+def _map_zero(mem: Memory, mm: Mm, addr: int) -> None:
+    vma, table, place = _missing(mem, mm, addr)
+    if vma.vm_file is not None and vma.vm_flags & VM_SHARED:
+        _fill_shmem(mem, vma, addr, table, place, bytes(PAGE_SIZE))
+        return
+    if mem.ram.words[table, place]:
+        raise os_error(errno.EEXIST, f"{addr:#x} has a marker")
+    anon_vma_prepare(mem, vma)
+    mem.ram.words[table, place] = (mem.zero_pfn << PAGE_SHIFT) | VM_PAGE_PROT | PAGE_SPECIAL
 
 
 def uffd_poison(mem: Memory, mm: Mm, addr: int, length: int) -> Steps[None]:
@@ -143,17 +161,16 @@ def uffd_poison(mem: Memory, mm: Mm, addr: int, length: int) -> Steps[None]:
     Kernel: mfill_atomic_pte_poison.
     """
     end = check_range(addr, length)
-    yield Acquire(mm.mmap_lock, READ)
-    try:
-        for page in range(addr, end, PAGE_SIZE):
-            vma, table, place = _missing(mem, mm, page, none=True)
-            if vma.vm_flags & VM_SHARED:
-                _check_file_size(vma, page)
-            else:
-                anon_vma_prepare(mem, vma)
-            mem.ram.words[table, place] = MARKER_POISONED
-    finally:
-        mm.mmap_lock.unlock(mem.sched.current)
+    yield from _fill_pages(mem, mm, addr, end, lambda page: _mark_poisoned(mem, mm, page))
+
+
+def _mark_poisoned(mem: Memory, mm: Mm, addr: int) -> None:
+    vma, table, place = _missing(mem, mm, addr, none=True)
+    if vma.vm_flags & VM_SHARED:
+        _check_file_size(vma, addr)
+    else:
+        anon_vma_prepare(mem, vma)
+    mem.ram.words[table, place] = MARKER_POISONED
 
 
 def _check_file_size(vma: Vma, addr: int) -> None:
@@ -208,19 +225,24 @@ def _missing(mem: Memory, mm: Mm, addr: int, *, none: bool = False) -> tuple[Vma
 
 
 def uffd_writeprotect(mem: Memory, mm: Mm, addr: int, length: int, *, protect: bool) -> Steps[None]:
-    """UFFDIO_WRITEPROTECT: protect what is mapped in the range, or lift it."""
+    """UFFDIO_WRITEPROTECT: protect what is mapped in the range, or lift it.
+
+    VMA by VMA, up to one that is not registered for it: ENOENT.
+    """
     end = check_range(addr, length)
     yield Acquire(mm.mmap_lock, READ)
     try:
-        check_mapped(mm, addr, end)
-        if not all(vma.vm_flags & VM_UFFD_WP for vma in vmas_in(mm, addr, end)):
-            raise os_error(
-                errno.ENOENT, f"[{addr:#x}, {end:#x}) is not registered for write protection"
-            )
-        if protect:
-            wrprotect_range(mem, mm, addr, end, PAGE_UFFD_WP)
-        else:
-            _unprotect(mem, mm, addr, end)
+        vmas = vmas_in(mm, addr, end)
+        if not vmas:
+            raise os_error(errno.ENOENT, f"nothing is mapped in [{addr:#x}, {end:#x})")
+        for vma in vmas:
+            if not vma.vm_flags & VM_UFFD_WP:
+                raise os_error(errno.ENOENT, f"{vma} is not registered for write protection")
+            low, high = max(addr, vma.vm_start), min(end, vma.vm_end)
+            if protect:
+                wrprotect_range(mem, mm, low, high, PAGE_UFFD_WP)
+            else:
+                _unprotect(mem, mm, low, high)
     finally:
         mm.mmap_lock.unlock(mem.sched.current)
 
@@ -243,10 +265,7 @@ def _unprotect(mem: Memory, mm: Mm, start: int, end: int) -> None:
         if pmd:
             first = pte_index(low)
             ptes = mem.ram.words[pte_pfn(pmd), first : first + (high - low >> PAGE_SHIFT)]
-            swapped = is_swap_ptes(ptes)
-            ptes[~swapped] &= np.uint64(~PAGE_UFFD_WP & (1 << 64) - 1)
-            ptes[swapped] &= np.uint64(~PAGE_SWP_UFFD_WP & (1 << 64) - 1)
-            ptes[ptes == MARKER_UFFD_WP] = 0
+            ptes[:] = uffd_wp_lifted(ptes)
     for vma in vmas_in(mm, start, end):
         if vma.vm_flags & VM_WRITE:
             mkwrite_range(mem, mm, max(start, vma.vm_start), min(end, vma.vm_end))

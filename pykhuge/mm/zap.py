@@ -21,6 +21,7 @@ from pykhuge.mm.page_table import (
     each_block,
     is_swap_ptes,
     pmd_trans_huge,
+    pte_pfn,
     pte_pfns,
     swp_offsets,
 )
@@ -31,12 +32,13 @@ from pykhuge.mm.rmap import (
     page_remove_rmap,
     pmd_of,
     ptes_of,
+    set_pmd,
 )
 from pykhuge.mm.swap import lru_add_drain, put_pages
 from pykhuge.mm.swap_state import free_swap_cache, swap_free
 from pykhuge.mm.vmstat import MM_ANONPAGES, MM_SWAPENTS
 
-__all__ = ["swap_slots", "unmap_mapping_range", "zap_page_range"]
+__all__ = ["madvise_dontneed", "swap_slots", "unmap_mapping_range", "zap_page_range"]
 
 
 def zap_page_range(
@@ -70,6 +72,24 @@ def zap_page_range(
             split_huge_pmd(mem, vma, low)
         if pmd_of(mem, vma.mm, low):
             _zap_ptes(mem, vma, ptes_of(mem, vma.mm, low, high), even_cows, drop_markers)
+
+
+def madvise_dontneed(mem: Memory, vma: Vma, start: int, end: int) -> None:
+    """Empty the entries of [start, end); later kernels free the tables this leaves empty.
+
+    Only a table whose whole block lies in the range goes; a marker in it keeps it.
+    Kernel: madvise_dontneed_single_vma; zap_pte_range with reclaim_pt.
+    """
+    zap_page_range(mem, vma, start, end)
+    if not mem.version.dontneed_frees_page_table:
+        return
+    for low, high in each_block(start, end):
+        pmd = pmd_of(mem, vma.mm, low)
+        if high - low < HPAGE_PMD_SIZE or not pmd or pmd_trans_huge(pmd):
+            continue
+        if not ptes_of(mem, vma.mm, low, high).any():
+            set_pmd(mem, vma.mm, low, 0)
+            free_page_table(mem, vma.mm, pte_pfn(pmd))
 
 
 def _zap_huge_pmd(mem: Memory, vma: Vma, addr: int, pmd: int) -> None:

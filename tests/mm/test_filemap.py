@@ -620,9 +620,13 @@ def test_dirty_disk_pages_are_not_reclaimed(
 def test_reclaim_of_a_huge_disk_page_splits_it(
     machine: Machine, process: Process, tmp_path: Path
 ) -> None:
-    """nr_thps goes down; the pages of the range leave shadows, the others stay."""
+    """nr_thps goes down, and the PMD with it: the second call finds pages to drop."""
     file, addr = executable(machine, process, tmp_path / "program")
     collapsed(machine, process, addr)
+    process.madvise(addr + 4 * PAGE, 2 * PAGE, Advice.MADV_PAGEOUT)
+    assert (file.f_mapping.nr_thps, file.f_mapping.nrpages) == (0, NR)
+    process.read(addr, HPAGE)
+    machine.lru_add_drain_all()
     process.madvise(addr + 4 * PAGE, 2 * PAGE, Advice.MADV_PAGEOUT)
     machine.lru_add_drain_all()
     assert (file.f_mapping.nr_thps, file.f_mapping.nrpages) == (0, NR - 2)

@@ -167,6 +167,17 @@ def test_mprotect_splits_and_merges(process: Process) -> None:
     assert process.read(addr, 3 * PAGE) == b"x" * PAGE + b"y" + b"x" * (2 * PAGE - 1)
 
 
+def test_mprotect_that_reaches_into_what_is_so_already_leaves_one_mapping(
+    process: Process,
+) -> None:
+    """What would be cut off there is the same as what comes before it."""
+    addr = process.mmap(512 * PAGE)
+    process.mprotect(addr + 30 * PAGE, 257 * PAGE, PROT_READ)
+    process.mprotect(addr, 65 * PAGE, PROT_READ)
+    ends = [vma.vm_end for vma in process.mm.vmas]
+    assert ends == [addr + 287 * PAGE, addr + 512 * PAGE]
+
+
 def test_mprotect_of_a_whole_huge_page_keeps_it(process: Process) -> None:
     """The huge PMD becomes read-only; a part of it splits the PMD."""
     addr = advised(process, 2 * HPAGE)

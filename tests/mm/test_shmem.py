@@ -925,10 +925,12 @@ def test_preallocated_pages_are_swapped_not_dropped(
     file = process.open("f", RDWR, tmpfs=mount)
     process.fallocate(file, 0, HPAGE)
     machine.lru_add_drain_all()
-    addr = swap_out(process, file, 0, 8)
+    addr = process.mmap(HPAGE, file=file, shared=True)
+    process.read(addr, HPAGE)
+    process.madvise(addr, HPAGE, Advice.MADV_PAGEOUT)
     machine.lru_add_drain_all()
-    assert books(file) == even(NR - 8, 8)
-    assert process.read(addr, 8 * PAGE) == bytes(8 * PAGE)
+    assert books(file) == even(0, NR)
+    assert process.read(addr, HPAGE) == bytes(HPAGE)
 
 
 def test_page_punched_in_part_is_dirty(machine: Machine, process: Process) -> None:
@@ -958,23 +960,24 @@ def test_pages_others_map_too_are_not_paged_out(machine: Machine, process: Proce
 
 
 def test_pageout_of_a_huge_page_splits_it_first(machine: Machine, process: Process) -> None:
-    """The pages of the range go to swap, the others stay as small ones."""
+    """Nothing maps its pages then: those of the range go to swap when they are mapped again."""
     file, addr = huge_file(machine, process)
+    process.madvise(addr + 8 * PAGE, 4 * PAGE, Advice.MADV_PAGEOUT)
+    assert books(file) == even(NR)
+    assert machine.vmstat()["nr_shmem_hugepages"] == 0
+    process.read(addr, HPAGE)
+    machine.lru_add_drain_all()
     process.madvise(addr + 8 * PAGE, 4 * PAGE, Advice.MADV_PAGEOUT)
     machine.lru_add_drain_all()
     assert books(file) == even(NR - 4, 4)
-    assert machine.vmstat()["nr_shmem_hugepages"] == 0
     assert process.read(addr, HPAGE) == block_bytes()
     assert books(file) == even(NR)
 
 
-@pytest.mark.parametrize("swap", ["16M", 0])
 def test_pageout_of_a_huge_page_gives_up_what_lies_behind_the_end(
-    make_machine: MakeMachine, swap: str | int
+    machine: Machine, process: Process
 ) -> None:
     """The split drops those pages; they are not charged for any longer."""
-    machine = make_machine(swap=swap)
-    process = machine.process("a")
     file = process.memfd_create("f")
     machine.thp.shmem_enabled = "always"
     process.pwrite(file, 0, block_bytes(0, 100))
@@ -983,7 +986,7 @@ def test_pageout_of_a_huge_page_gives_up_what_lies_behind_the_end(
     assert books(file) == even(NR)
     process.madvise(addr, PAGE, Advice.MADV_PAGEOUT)
     machine.lru_add_drain_all()
-    assert books(file) == (even(99, 1) if swap else even(100))
+    assert books(file) == even(100)
     assert machine.mem.vm_committed_as == 100
     assert process.pread(file, 0, HPAGE) == block_bytes(0, 100)
 

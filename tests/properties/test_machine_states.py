@@ -39,7 +39,7 @@ from properties.shadow import (
 
 from pykhuge.kernel.sched import Task, WouldBlock
 from pykhuge.khugepaged.scan_result import CollapseError, ScanResult
-from pykhuge.mm.errors import BUS_MCEERR_AR, BusError, SegmentationFault, UserFault
+from pykhuge.mm.errors import BUS_MCEERR_AR, EHWPOISON, BusError, SegmentationFault, UserFault
 from pykhuge.mm.gup import UserPages
 from pykhuge.mm.huge_memory import OutOfMemory
 from pykhuge.mm.page_table import is_swap_pte
@@ -55,7 +55,6 @@ from pykhuge.process import (
 
 MAX_PROCESSES = 4
 MISSING, WP = 1, 2
-EHWPOISON = 133
 
 who = st.integers(0, MAX_PROCESSES - 1)
 seeds = st.integers(0, 1 << 16)
@@ -358,7 +357,7 @@ class Operations(RuleBasedStateMachine):
 
     @rule(number=who, pages=page_ranges, write=st.booleans())
     def populate(self, number: int, pages: slice, write: bool) -> None:
-        """MADV_POPULATE_*: no byte changes, whatever happens."""
+        """MADV_POPULATE_*: no byte changes, whatever happens; poison in its way is EHWPOISON."""
         actor = self.actor(number)
         advice = Advice.MADV_POPULATE_WRITE if write else Advice.MADV_POPULATE_READ
         try:
@@ -366,6 +365,8 @@ class Operations(RuleBasedStateMachine):
         except (WouldBlock, OutOfMemory, BusError):
             return
         except OSError as error:
+            if error.errno == EHWPOISON and self.machine.mem.poison.lines.any():
+                return
             allowed = actor.shadow.writable() if write else actor.shadow.readable()
             page = int(np.flatnonzero(~allowed[pages])[0]) + pages.start
             assert error.errno == (errno.EINVAL if actor.shadow.mapped[page] else errno.ENOMEM)
@@ -477,8 +478,9 @@ class Operations(RuleBasedStateMachine):
 
     @rule(number=who, pages=page_ranges, modes=st.integers(1, 3))
     def uffd_register(self, number: int, pages: slice, modes: int) -> None:
-        """Watch a range."""
+        """Watch what is mapped of a range."""
         actor = self.actor(number)
+        mapped = actor.shadow.mapped[pages]
         try:
             actor.uffd.register(
                 address(pages), size(pages), missing=bool(modes & MISSING), wp=bool(modes & WP)
@@ -486,10 +488,10 @@ class Operations(RuleBasedStateMachine):
         except WouldBlock:
             return
         except OSError as error:
-            assert error.errno == errno.ENOMEM
-            assert not actor.shadow.mapped[pages].all()
+            assert error.errno == errno.EINVAL
+            assert not mapped.any()
             return
-        actor.shadow.uffd[pages] = modes
+        actor.shadow.uffd[pages] = modes * mapped
 
     @rule(number=who, pages=page_ranges)
     def uffd_unregister(self, number: int, pages: slice) -> None:
@@ -504,18 +506,23 @@ class Operations(RuleBasedStateMachine):
 
     @rule(number=who, pages=page_ranges, protect=st.booleans())
     def uffd_writeprotect(self, number: int, pages: slice, protect: bool) -> None:
-        """Write-protect what is there, or lift that."""
+        """Write-protect what is there, or lift that; up to what is not watched for it."""
         actor = self.actor(number)
+        refused = actor.shadow.mapped[pages] & (actor.shadow.uffd[pages] & WP == 0)
         there = look(self.machine, actor.process).words[pages] != 0
         try:
             actor.uffd.writeprotect(address(pages), size(pages), protect=protect)
         except WouldBlock:
             return
         except OSError as error:
-            assert error.errno in (errno.ENOENT, errno.ENOMEM)
-            assert not (actor.shadow.uffd[pages] & WP).all()
-            return
-        actor.shadow.wp[pages] = there if protect else False
+            assert error.errno == errno.ENOENT
+            assert refused.any() or not actor.shadow.mapped[pages].any()
+            before = np.logical_or.accumulate(refused)
+            there = np.where(before, actor.shadow.wp[pages], there & protect)
+        else:
+            assert not refused.any()
+            there &= protect
+        actor.shadow.wp[pages] = there & actor.shadow.mapped[pages]
 
     @rule(number=who, page=st.integers(0, NR_PAGES - 1), seed=seeds, zero=st.booleans())
     def uffd_fill(self, number: int, page: int, seed: int, zero: bool) -> None:

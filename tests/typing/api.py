@@ -9,7 +9,17 @@ import numpy as np
 import numpy.typing as npt
 
 import pykhuge
-from pykhuge import Advice, CollapseError, File, Machine, MachineCheck, Process, ScanResult, Signal
+from pykhuge import (
+    Advice,
+    CollapseError,
+    File,
+    KernelVersion,
+    Machine,
+    MachineCheck,
+    Process,
+    ScanResult,
+    Signal,
+)
 
 to, source = mmap.mmap(-1, 4096), bytes(4096)
 not_copied: int = pykhuge.copy_mc_highpage(to, source, bad_lines=1)
@@ -18,7 +28,7 @@ not_copied = pykhuge.copy_mc(bytearray(100), b"x" * 100, bad_lines=np.zeros(1, n
 stopped: MachineCheck | None = pykhuge.copy_mc_huge_page(to, source, [0, -1])
 last: MachineCheck | None = pykhuge.machine_check()
 
-machine = Machine("1G", nodes=2, swap="64M", cpus=2, seed=1)
+machine = Machine("1G", nodes=2, swap="64M", cpus=2, kernel=KernelVersion.V6_18, seed=1)
 process: Process = machine.process("app", memcg=machine.memcg("64M"))
 addr: int = process.mmap(2 << 20)
 process.write(addr, b"data")

@@ -1,0 +1,162 @@
+"""Which kernel a machine is: what later ones do otherwise than the series, each a switch.
+
+`KernelVersion.REF` is the kernel at "Memory poison recovery in khugepaged", just before 6.4, and
+has every switch off; `KernelVersion.V6_18` has them all on. Code that differs asks `mem.version`.
+
+    Machine(kernel=KernelVersion.V6_18)
+    Machine(kernel=replace(KernelVersion.REF, name="6.8-like", file_thp_without_exec=True))
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+__all__ = ["KernelVersion"]
+
+# The one value of enum scan_result that went: all above it moved down.
+_SCAN_PAGE_RO = 11
+
+
+def _since(version: str, what: str, *, unseen: str = "") -> bool:
+    """One difference. unseen: why no layout of `pykhuge conform` shows it."""
+    metadata = {"since": version, "what": what, "unseen": unseen}
+    switch: bool = field(default=False, metadata=metadata)
+    return switch
+
+
+@dataclass(frozen=True)
+class KernelVersion:
+    """A kernel by name and by what it does otherwise than REF; each switch is False there."""
+
+    REF: ClassVar[KernelVersion]
+    V6_18: ClassVar[KernelVersion]
+
+    name: str
+    exceed_none_is_ebusy: bool = _since(
+        "6.4", "SCAN_EXCEED_NONE_PTE is EBUSY to MADV_COLLAPSE, not EINVAL"
+    )
+    collapse_file_keeps_pages: bool = _since(
+        "6.4",
+        "collapse_file leaves the old pages in the cache, locked and isolated, until all are"
+        " copied; holes are looked at again then (SCAN_PAGE_FILLED), and userfaultfd may forbid"
+        " them; the trace names the huge page whatever became of it",
+    )
+    collapse_file_drains_shmem: bool = _since(
+        "6.4", "the LRU batch is drained after collapse_file has brought in a page of shmem"
+    )
+    swapin_ret_is_scan_result: bool = _since(
+        "6.5",
+        "mm_collapse_huge_page_swapin prints the number of the scan_result, not 0 or 1",
+        unseen="the two differ where somebody else holds a page in the swap cache locked",
+    )
+    retract_without_mmap_lock: bool = _since(
+        "6.6",
+        "retract_page_tables needs no mmap_lock and notes nothing for later; what maps a cached"
+        " huge page by a table is dealt with at once, under mmap_lock for read",
+    )
+    file_thp_without_exec: bool = _since(
+        "6.8 (7fbb5e188248)",
+        "files need not be mapped with VM_EXEC",
+        unseen="files on disks need CONFIG_READ_ONLY_THP_FOR_FS",
+    )
+    large_folios: bool = _since(
+        "by 6.13",
+        "a subpage counts as shared if any part of its compound page is mapped by another mm; the"
+        " trace names the head; MADV_PAGEOUT and MADV_FREE take compound pages mapped by PTEs",
+    )
+    disable_thp_is_exit: bool = _since(
+        "by 6.13",
+        "a process with MMF_DISABLE_THP is treated as one that exits: SCAN_ANY_PROCESS",
+        unseen="it must be set in the middle of a collapse",
+    )
+    copy_queues_memory_failure: bool = _since(
+        "6.11 (28bdacbcb36d)",
+        "a copy that meets poison has memory_failure() deal with the page",
+        unseen="it takes memory that is poisoned",
+    )
+    lru_batch_of_31: bool = _since(
+        "6.9",
+        "a CPU collects 31 pages, not 15, before it puts them onto an LRU list",
+        unseen="what else is in a CPU's batch hangs on what that CPU did before",
+    )
+    shmem_heeds_past_advice: bool = _since(
+        "6.11",
+        "whether shmem_enabled=advise lets a mapping have huge pages is asked of the advice it had"
+        " before: the first MADV_HUGEPAGE does not make the process known to khugepaged",
+    )
+    collapse_file_addr_in_hex: bool = _since(
+        "6.12", "mm_khugepaged_collapse_file prints the address in hex"
+    )
+    split_maps_zero_page: bool = _since(
+        "6.12", "splitting an anonymous huge page maps the zero page for subpages that are zero"
+    )
+    huge_zero_page_gives_huge: bool = _since(
+        "6.13", "a write to the huge zero page gets a huge page if there is one, not small ones"
+    )
+    shmem_swaps_huge: bool = _since(
+        "6.14",
+        "a huge page of shmem goes to swap as one, and comes back as one",
+    )
+    mremap_lifts_uffd_wp: bool = _since(
+        "6.13 (0cef0bb836e3)",
+        "mremap moves pages that userfaultfd watches without their write protection",
+    )
+    dontneed_frees_page_table: bool = _since(
+        "6.14", "MADV_DONTNEED of a whole block frees its page table (CONFIG_PT_RECLAIM)"
+    )
+    mremap_moves_many: bool = _since(
+        "6.17", "mremap moves a range of several mappings, with the gaps between them"
+    )
+    no_scan_page_ro: bool = _since(
+        "6.18",
+        "SCAN_PAGE_RO is gone: blocks without a writable entry collapse, no trace prints"
+        " `writable`, and the numbers of enum scan_result above it are one less",
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name={self.name!r}: allowed a string")
+        for switch in self.switches():
+            value = getattr(self, switch)
+            if not isinstance(value, bool):
+                raise TypeError(f"{switch}={value!r}: allowed False and True")
+
+    @classmethod
+    def switches(cls) -> dict[str, dict[str, str]]:
+        """Of each switch: `since`, `what`, and `unseen`, why no layout shows it if none does."""
+        return {each.name: dict(each.metadata) for each in fields(cls) if each.metadata}
+
+    def is_later(self) -> bool:
+        """Whether any switch is on."""
+        return any(getattr(self, switch) for switch in self.switches())
+
+    @classmethod
+    def at(cls, major: int, minor: int) -> KernelVersion:
+        """Linux `major`.`minor`: what differs since then or before."""
+        met = {}
+        for name, switch in cls.switches().items():
+            since = re.findall("[0-9]+", switch["since"])
+            met[name] = (int(since[0]), int(since[1])) <= (major, minor)
+        return cls(f"{major}.{minor}", **met)
+
+    def flipped(self, switch: str) -> KernelVersion:
+        """The same with one difference on the wrong side."""
+        change: dict[str, Any] = {switch: not getattr(self, switch)}
+        return replace(self, name=f"{self.name}, {switch} wrong", **change)
+
+    def number(self, scan_result: int) -> int:
+        """The number that this kernel's enum scan_result has for `scan_result`.
+
+        Raises: ValueError for SCAN_PAGE_RO where it is gone.
+        """
+        if not self.no_scan_page_ro:
+            return int(scan_result)
+        if scan_result == _SCAN_PAGE_RO:
+            raise ValueError(f"scan_result={scan_result!r}: {self.name} has no such value")
+        return int(scan_result) - (scan_result > _SCAN_PAGE_RO)
+
+
+KernelVersion.REF = KernelVersion("REF")
+KernelVersion.V6_18 = KernelVersion("6.18", **dict.fromkeys(KernelVersion.switches(), True))
