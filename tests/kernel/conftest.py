@@ -11,23 +11,16 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
+from kernel_kit import lacking
 
 TRACEFS = Path("/sys/kernel/tracing")
 THP = Path("/sys/kernel/mm/transparent_hugepage")
 ZRAM = Path("/sys/class/zram-control")
 
 
-def lacking(reason: str) -> NoReturn:
-    """Skip for `reason`; fail where PYKHUGE_REQUIRE_KERNEL=1 says that it must not lack."""
-    if os.environ.get("PYKHUGE_REQUIRE_KERNEL") == "1":
-        pytest.fail(f"PYKHUGE_REQUIRE_KERNEL=1, but {reason}")
-    pytest.skip(reason)
-
-
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def kernel_version() -> tuple[int, int]:
     """Major and minor number of the running kernel."""
     major, minor = re.findall(r"\d+", platform.release())[:2]
@@ -46,7 +39,7 @@ def turned(knob: Path, value: str) -> Iterator[None]:
         knob.write_text(chosen[1] if chosen else old)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def thp(kernel_version: tuple[int, int]) -> Iterator[None]:
     """Transparent huge pages of 2 MiB on advice only, and no smaller ones."""
     if os.geteuid():
@@ -68,7 +61,7 @@ def thp(kernel_version: tuple[int, int]) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def tracefs() -> Iterator[Path]:
     """Where tracefs is mounted."""
     mounted = (TRACEFS / "instances").exists()
@@ -97,7 +90,7 @@ def huge_memory_trace(tracefs: Path) -> Iterator[Path]:
         instance.rmdir()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def swap() -> Iterator[None]:
     """A swap device in compressed memory, taken down afterwards."""
     if not ZRAM.exists():
