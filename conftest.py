@@ -6,13 +6,20 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let the state machines run longer than CI does."""
+    """Let it look at more than CI does."""
     parser.addoption(
         "--model-steps",
         type=int,
         default=1000,
         metavar="N",
         help="steps of each state machine in tests/properties (default: %(default)s)",
+    )
+    parser.addoption(
+        "--layouts",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="layouts in which model and running kernel are compared (default: %(default)s)",
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any, NoReturn
 
-from pykhuge.cli import acceptance, collapse
+from pykhuge.cli import acceptance, collapse, conform
 from pykhuge.cli.errors import CommandError, printable
 
 __all__ = ["main"]
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
     collapse.add_parser(commands)
     acceptance.add_parser(commands)
+    conform.add_parser(commands)
     return parser
 
 

@@ -1,0 +1,114 @@
+"""The model as the running kernel's version, held against that kernel, layout by layout."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import pytest
+from kernel_kit import lacking
+
+from pykhuge import KernelVersion
+from pykhuge.tools.conform import (
+    CONTEXTS,
+    MEMORIES,
+    STROKES,
+    Lacking,
+    Layout,
+    Report,
+    conform,
+    draw,
+    host_version,
+    parse,
+)
+
+# For every scan result that a layout can bring about one that does, seldom as it may be drawn.
+RESULTS = {
+    "succeeded": "anon: write 0+511",
+    "failed": "anon: write 0+512; arm 0+512; dontneed 7+1; uffd-poison 7+1",
+    "pmd_none": "anon: write 0+512; dontneed 0+512",
+    "page_pmd_mapped": "anon: write 0+512; collapse 0+512",
+    "exceed_none_pte": "anon via=khugepaged none=10: write 0+501; hugepage 0+512",
+    "exceed_swap_pte": "anon via=khugepaged swap=1: write 0+512; pageout 5+2; hugepage 0+512",
+    "exceed_shared_pte": "anon via=khugepaged shared=9: write 0+512; fork; child.write 10+502; "
+    "hugepage 0+512",
+    "pte_uffd_wp": "anon: write 0+512; uffd-wp 0+512",
+    "pte_mapped_hugepage": "memfd: write 0+512; collapse 0+512; dontneed 0+512",
+    "lack_referenced_page": "anon via=khugepaged: write 0+512; free 0+512; hugepage 0+512",
+    "not_suitable_page_count": "anon: write 0+512; pin 3+1",
+    "truncated": "memfd: write 0+512; truncate 0",
+}
+# For each difference between kernel versions that a layout can show one that does.
+WITNESSES = {
+    "exceed_none_is_ebusy": "anon: write 0+512; arm 0+512; dontneed 257+1",
+    "collapse_file_keeps_pages": "memfd via=khugepaged: write 0+512; pageout 15+1; "
+    "hugepage 0+512; hugepage 0+512",
+    "collapse_file_drains_shmem": "memfd: write 0+512; pageout 348+164",
+    "retract_without_mmap_lock": "memfd via=khugepaged: write 0+512; collapse 0+512; "
+    "dontneed 1+257; hugepage 0+512; hugepage 0+512",
+    "large_folios": "anon via=khugepaged: hugepage 0+512; write 0+512; fork; "
+    "child.dontneed 0+256; dontneed 3+1; hugepage 0+512",
+    "shmem_heeds_past_advice": "shm via=khugepaged: write 0+512; hugepage 0+512",
+    "collapse_file_addr_in_hex": "memfd: write 0+512",
+    "split_maps_zero_page": "anon: hugepage 0+512; read 0+512; write 0+1; pageout 5+1",
+    "huge_zero_page_gives_huge": "anon: hugepage 0+512; read 0+512; write 185+1",
+    "shmem_swaps_huge": "memfd: write 0+512; collapse 0+512; pageout 0+512; read 3+1",
+    "mremap_lifts_uffd_wp": "anon blocks=2: write 0+512; uffd-wp 0+512; move 0+512>512",
+    "dontneed_frees_page_table": "anon: write 0+512; dontneed 0+512",
+    "mremap_moves_many": "anon blocks=2: write 0+512; munmap 5+1; move 0+9>512",
+    "no_scan_page_ro": "anon: write 0+512",
+}
+
+
+def compared(layouts: Iterable[Layout], most: int, version: KernelVersion | None = None) -> Report:
+    """The report of a run."""
+    try:
+        return deque(
+            conform(layouts, version or host_version(), most=most, allow_sysfs=True), 1
+        ).pop()
+    except Lacking as lack:
+        lacking(str(lack))
+
+
+@pytest.fixture(scope="module")
+def report(request: pytest.FixtureRequest) -> Report:
+    """Of the first layouts of seed 0, as many as --layouts says."""
+    return compared(draw(0), request.config.getoption("--layouts"))
+
+
+def test_the_model_does_what_the_kernel_does(report: Report) -> None:
+    """Errno, events, page tables, sizes, counters, bytes; smallest layouts are shown otherwise."""
+    assert [str(each.layout) for each in report.mismatches] == [], [
+        (str(each.layout), each.error, each.differs) for each in report.smallest
+    ]
+
+
+def test_all_memory_all_strokes_and_both_contexts_are_drawn(report: Report) -> None:
+    """So that no mismatch means something."""
+    if report.layouts < 500:
+        pytest.skip(f"--layouts={report.layouts}: 500 and more come to all of it")
+    assert set(report.strokes) == set(STROKES)
+    assert set(report.kinds) == {f"{each}, {via}" for each in MEMORIES for via in CONTEXTS}
+    assert set(report.results) >= set(RESULTS) - {"failed", "lack_referenced_page"}
+
+
+@pytest.mark.parametrize("result", RESULTS)
+def test_each_result_that_can_be_had_is_had_by_both(result: str) -> None:
+    """Both come to it, and to all else alike."""
+    report = compared([parse(RESULTS[result])], 1)
+    assert not report.mismatches
+    assert result in report.results
+
+
+def test_every_difference_of_versions_has_a_witness_or_says_why_not() -> None:
+    """A new switch needs one here."""
+    switches = KernelVersion.switches()
+    assert set(WITNESSES) == {name for name in switches if not switches[name].get("unseen")}
+
+
+@pytest.mark.parametrize("switch", WITNESSES)
+def test_a_difference_on_the_wrong_side_is_noticed(switch: str) -> None:
+    """The check of the check."""
+    layout = parse(WITNESSES[switch])
+    assert not compared([layout], 1).mismatches
+    assert compared([layout], 1, host_version().flipped(switch)).mismatches
