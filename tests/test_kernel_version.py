@@ -6,6 +6,7 @@ from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from collapse_kit import (
     HPAGE,
@@ -39,17 +40,22 @@ from file_kit import (
     shmem_block,
 )
 
-from pykhuge import PROT_READ, Advice, KernelVersion, Machine, ScanResult
+from pykhuge import PROT_READ, Advice, File, KernelVersion, Machine, Process, ScanResult
 from pykhuge.khugepaged.trace_events import mm_collapse_huge_page_swapin
 from pykhuge.mm.mm_types import MMF_DISABLE_THP
 from pykhuge.mm.new_pages import pte_table
 from pykhuge.mm.page import PG_hwpoison
-from pykhuge.mm.page_table import PAGE_UFFD_WP
+from pykhuge.mm.page_table import PAGE_PRESENT, PAGE_UFFD_WP
 from pykhuge.mm.rmap import pmd_of
 
 S = ScanResult
 REF, V6_18 = KernelVersion.REF, KernelVersion.V6_18
 Versioned = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def present(process: Process, addr: int) -> int:
+    """How many entries of the block's table map a page."""
+    return int(np.count_nonzero(ptes_of(process, addr) & np.uint64(PAGE_PRESENT)))
 
 
 def only(*switches: str) -> KernelVersion:
@@ -765,6 +771,103 @@ def test_part_of_a_block_on_swap_is_punched(make_machine: MakeMachine) -> None:
     assert not cache_is_huge(block.file)
     expected = block_bytes(0, 5) + bytes(2 * PAGE) + block_bytes(7, NR - 7)
     assert block.process.read(block.addr, HPAGE) == expected
+
+
+def cached_huge_page(machine: Machine) -> tuple[Process, int, File]:
+    """A huge page of a memfd that a process has mapped, by a table that maps nothing."""
+    block = shmem_block(machine)
+    assert madv_collapse(block.process, block.addr) is None
+    block.process.madvise(block.addr, HPAGE, Advice.MADV_DONTNEED)
+    pte_table(machine.mem, block.process.mm, block.addr)
+    return block.process, block.addr, block.file
+
+
+@by("finish_fault_maps_folios")
+def test_a_write_to_a_cached_huge_page_mapped_by_a_table(
+    make_machine: MakeMachine, kernel: KernelVersion, new: bool
+) -> None:
+    """One entry, or all 512; what is taken already, or would not fit, leaves it at one."""
+    process, addr, file = cached_huge_page(make_machine(kernel=kernel))
+    process.write(addr + 5 * PAGE, page_bytes(5))
+    assert present(process, addr) == (NR if new else 1)
+    process.madvise(addr, 7 * PAGE, Advice.MADV_DONTNEED)
+    before = present(process, addr)
+    process.write(addr + 5 * PAGE, page_bytes(5))
+    assert present(process, addr) == before + 1
+    short = process.mmap(HPAGE - PAGE, file=file, shared=True)
+    process.write(short, page_bytes(0))
+    assert present(process, short) == 1
+    assert process.read(addr, HPAGE) == block_bytes()
+
+
+def test_a_watched_mapping_gets_one_entry_a_fault(make_machine: MakeMachine) -> None:
+    """Whoever watches it is to hear of each page."""
+    process, addr, _ = cached_huge_page(make_machine(kernel=V6_18))
+    process.userfaultfd().register(addr, HPAGE)
+    process.write(addr + 5 * PAGE, page_bytes(5))
+    assert present(process, addr) == 1
+
+
+@by("fault_around_maps_folios")
+def test_a_read_of_a_cached_huge_page_mapped_by_a_table(
+    make_machine: MakeMachine, kernel: KernelVersion, new: bool
+) -> None:
+    """The 16 pages around, or all 512; out of step with the file it is the 16 always."""
+    process, addr, file = cached_huge_page(make_machine(kernel=kernel))
+    process.read(addr + 5 * PAGE, 1)
+    assert present(process, addr) == (NR if new else 16)
+    aside = process.mmap(HPAGE - PAGE, file=file, offset=PAGE, shared=True)
+    process.read(aside, 1)
+    assert present(process, aside) == 16
+
+
+def test_a_read_leaves_alone_what_is_mapped_around(make_machine: MakeMachine) -> None:
+    """Private copies stay in their places among the pages of the file."""
+    machine = make_machine(kernel=V6_18)
+    block = shmem_block(machine)
+    assert madv_collapse(block.process, block.addr) is None
+    addr = block.process.mmap(HPAGE, file=block.file)
+    block.process.write(addr + 9 * PAGE, page_bytes(3))
+    block.process.read(addr, 1)
+    assert present(block.process, addr) == NR
+    assert block.process.read(addr + 9 * PAGE, PAGE) == page_bytes(3)
+    assert block.process.read(addr + 10 * PAGE, PAGE) == page_bytes(10)
+
+
+@by("set_pmd_heeds_nohugepage")
+def test_a_cached_huge_page_where_none_is_wanted(
+    make_machine: MakeMachine, kernel: KernelVersion, new: bool
+) -> None:
+    """MADV_NOHUGEPAGE does not stop a PMD in REF."""
+    machine = make_machine(kernel=kernel)
+    block = shmem_block(machine)
+    assert madv_collapse(block.process, block.addr) is None
+    block.process.madvise(block.addr, HPAGE, Advice.MADV_NOHUGEPAGE)
+    block.process.madvise(block.addr, HPAGE, Advice.MADV_DONTNEED)
+    block.process.read(block.addr, 1)
+    assert block.process.is_huge(block.addr) is not new
+    assert cache_is_huge(block.file)
+
+
+@by("shmem_allocates_what_fits")
+@pytest.mark.parametrize("write", [False, True])
+def test_a_fault_in_shmem_that_no_pmd_could_answer(
+    make_machine: MakeMachine, kernel: KernelVersion, new: bool, write: bool
+) -> None:
+    """A huge page in REF, of which one page is mapped; a small one later."""
+    machine = make_machine(kernel=kernel)
+    machine.thp.shmem_enabled = "advise"
+    process = machine.process()
+    file = process.memfd_create("block")
+    process.ftruncate(file, HPAGE)
+    addr = process.mmap(HPAGE - PAGE, file=file, shared=True)
+    process.madvise(addr, HPAGE - PAGE, Advice.MADV_HUGEPAGE)
+    if write:
+        process.write(addr + 5 * PAGE, page_bytes(5))
+    else:
+        process.read(addr + 5 * PAGE, 1)
+    assert cache_is_huge(file) is not new
+    assert present(process, addr) == 1
 
 
 @by("lru_batch_of_31")

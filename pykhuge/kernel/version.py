@@ -86,11 +86,24 @@ class KernelVersion:
         "whether shmem_enabled=advise lets a mapping have huge pages is asked of the advice it had"
         " before: the first MADV_HUGEPAGE does not make the process known to khugepaged",
     )
+    shmem_allocates_what_fits: bool = _since(
+        "6.11", "a fault in shmem gets a huge page only if the mapping could have it by a PMD"
+    )
+    finish_fault_maps_folios: bool = _since(
+        "6.11",
+        "a fault on a page of a cached compound page maps all of it by PTEs, where that fits and"
+        " none of them is taken",
+    )
     collapse_file_addr_in_hex: bool = _since(
         "6.12", "mm_khugepaged_collapse_file prints the address in hex"
     )
     split_maps_zero_page: bool = _since(
         "6.12", "splitting an anonymous huge page maps the zero page for subpages that are zero"
+    )
+    set_pmd_heeds_nohugepage: bool = _since(
+        "6.12 (2b0f922323cc)",
+        "a cached huge page is not mapped by a PMD where MADV_NOHUGEPAGE, or the process,"
+        " wants none",
     )
     huge_zero_page_gives_huge: bool = _since(
         "6.13", "a write to the huge zero page gets a huge page if there is one, not small ones"
@@ -108,6 +121,11 @@ class KernelVersion:
     )
     mremap_moves_many: bool = _since(
         "6.17", "mremap moves a range of several mappings, with the gaps between them"
+    )
+    fault_around_maps_folios: bool = _since(
+        "6.18",
+        "fault-around maps all of a cached compound page that its window has a part of, where that"
+        " fits",
     )
     no_scan_page_ro: bool = _since(
         "6.18",

@@ -11,10 +11,17 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
+from pykhuge.hw.memory import (
+    HPAGE_PMD_NR,
+    HPAGE_PMD_ORDER,
+    HPAGE_PMD_SIZE,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+)
 from pykhuge.mm.copy_mc import copy_mc_page
 from pykhuge.mm.errors import BUS_ADRERR, BUS_MCEERR_AR, BusError, PageLocked, UserFault
-from pykhuge.mm.huge_memory import OutOfMemory, shmem_is_huge, transhuge_vma_suitable
+from pykhuge.mm.filemap import file_page
+from pykhuge.mm.huge_memory import OutOfMemory, transhuge_vma_suitable, vma_thp_disabled
 from pykhuge.mm.mm_types import (
     VM_HUGEPAGE,
     VM_SHARED,
@@ -25,12 +32,20 @@ from pykhuge.mm.mm_types import (
     Vma,
 )
 from pykhuge.mm.mmzone import Memory
-from pykhuge.mm.new_pages import VM_PAGE_PROT, map_new_pages, new_user_pages, pmd_table
+from pykhuge.mm.new_pages import (
+    VM_PAGE_PROT,
+    map_new_pages,
+    new_user_pages,
+    pmd_table,
+    pte_table,
+)
 from pykhuge.mm.page import (
     Pfns,
     PG_has_hwpoisoned,
+    PG_head,
     PG_hwpoison,
     PG_locked,
+    PG_tail,
     PG_uptodate,
     compound_head,
 )
@@ -41,6 +56,7 @@ from pykhuge.mm.page_table import (
     PAGE_UFFD_WP,
     Ptes,
     pfn_ptes,
+    pte_index,
     run_of_none,
 )
 from pykhuge.mm.page_writeback import set_page_dirty
@@ -54,12 +70,13 @@ from pykhuge.mm.rmap import (
     pmd_of,
     set_pmd,
 )
-from pykhuge.mm.shmem import Sgp, shmem_add_pages, shmem_get_folio
+from pykhuge.mm.shmem import Sgp, shmem_add_pages, shmem_allocates_huge, shmem_get_folio
 from pykhuge.mm.vmstat import PGFAULT, PGMAJFAULT, THP_FILE_MAPPED
 
 __all__ = ["do_fault", "do_set_pmd", "map_file_pages", "map_huge_file_page"]
 
 FAULT_AROUND_PAGES = 16
+U_COMPOUND = np.uint32(PG_head | PG_tail)
 
 
 def _vm_page_prot(vma: Vma) -> int:
@@ -74,9 +91,12 @@ def _vm_page_prot(vma: Vma) -> int:
 def do_set_pmd(mem: Memory, vma: Vma, haddr: int, head: int, *, write: bool) -> bool:
     """Map a cached huge page by the PMD at `haddr`; the caller's reference goes over to it.
 
-    False, and nothing happens, if the VMA is not suitable or the PMD is not none.
+    False, and nothing happens, if the VMA is not suitable or the PMD is not none, and, in later
+    kernels, if the VMA or its process wants no huge pages.
     """
     if not transhuge_vma_suitable(vma, haddr) or pmd_of(mem, vma.mm, haddr):
+        return False
+    if mem.version.set_pmd_heeds_nohugepage and vma_thp_disabled(vma, vma.vm_flags):
         return False
     if mem.pages.flags[head] & PG_has_hwpoisoned:
         return False
@@ -103,19 +123,25 @@ def map_huge_file_page(mem: Memory, vma: Vma, addr: int, write: bool) -> bool:
         return False
     if index << PAGE_SHIFT >= inode.i_size:
         raise BusError(addr, BUS_ADRERR)
-    if isinstance(inode, ShmemInode) and _comes_huge(mem, vma, inode, index):
+    comes = isinstance(inode, ShmemInode) and _comes_huge(mem, vma, inode, index)
+    if comes:
         with _sigbus_at(addr):
             _get_pages(mem, vma, index, 1)
-    head = mapping.i_pages.load(index)
-    if not mapping.i_pages.order(index):
+    if mapping.i_pages.order(index) != HPAGE_PMD_ORDER:
         return False
+    head = mapping.i_pages.load(index)
     if mem.pages.flags[head] & PG_locked:
         raise PageLocked(head)
-    if not do_set_pmd(mem, vma, addr & -HPAGE_PMD_SIZE, head, write=write):
+    if do_set_pmd(mem, vma, addr & -HPAGE_PMD_SIZE, head, write=write):
+        mem.pages.refcount[head] += 1
+        if write:
+            set_page_dirty(mem, np.array([head]))
+    elif comes:
+        # Fault-around came before it and found nothing.
+        ptes = mem.ram.words[pte_table(mem, vma.mm, addr)]
+        _finish_fault(mem, vma, addr, ptes, np.array([file_page(mem, head, index)]), write=write)
+    else:
         return False
-    mem.pages.refcount[head] += 1
-    if write:
-        set_page_dirty(mem, np.array([head]))
     mem.vmstat.count(PGFAULT)
     return True
 
@@ -124,7 +150,7 @@ def _comes_huge(mem: Memory, vma: Vma, inode: ShmemInode, index: int) -> bool:
     """Whether a fault will bring a huge page into the page cache, a new one or from swap."""
     entry = inode.i_mapping.i_pages.load(index)
     if entry == 0:
-        return shmem_is_huge(mem, inode, index, vma)
+        return shmem_allocates_huge(mem, inode, index, vma)
     return entry < 0 and index & -HPAGE_PMD_NR in inode.swapped_huge
 
 
@@ -176,9 +202,37 @@ def _map_around(mem: Memory, vma: Vma, addr: int, ptes: Ptes, place: int) -> Non
     assert vma.vm_file is not None
     index = vma.linear_page_index(addr) + first - place
     pages = _cached(mem, vma, index, last - first)
-    places = first + np.flatnonzero((pages > 0) & (ptes[first:last] == 0))
+    around = np.zeros(HPAGE_PMD_NR, np.int64)
+    around[first:last] = pages
+    if mem.version.fault_around_maps_folios:
+        _add_whole_folios(mem, vma, addr, around)
+    places = np.flatnonzero((around > 0) & (ptes == 0))
     if len(places):
-        map_file_pages(mem, vma, ptes, places, pages[places - first], write=False)
+        map_file_pages(mem, vma, ptes, places, around[places], write=False)
+
+
+def _add_whole_folios(mem: Memory, vma: Vma, addr: int, around: Pfns) -> None:
+    """All of each compound page that the window has a part of (filemap_map_folio_range)."""
+    for head in np.unique(compound_head(mem.pages, around[around > 0])).tolist():
+        if not mem.pages.is_compound(head):
+            continue
+        place = int(np.flatnonzero(compound_head(mem.pages, around) == head)[0])
+        at = addr + (place - pte_index(addr) << PAGE_SHIFT)
+        whole = _places_of_folio(mem, vma, at, int(around[place]))
+        if whole is not None:
+            around[whole] = head + np.arange(mem.pages.compound_nr(head))
+
+
+def _places_of_folio(mem: Memory, vma: Vma, addr: int, pfn: int) -> slice | None:
+    """Where in its table a compound page would be mapped whose page `pfn` is mapped at `addr`.
+
+    None if that is not within the VMA and one table.
+    """
+    head = mem.pages.head_of(pfn)
+    nr, place = mem.pages.compound_nr(head), pte_index(addr) - (pfn - head)
+    start = (addr & -PAGE_SIZE) - (pfn - head << PAGE_SHIFT)
+    inside = vma.vm_start <= start and start + (nr << PAGE_SHIFT) <= vma.vm_end
+    return slice(place, place + nr) if inside and 0 <= place <= HPAGE_PMD_NR - nr else None
 
 
 def _cached(mem: Memory, vma: Vma, index: int, nr: int) -> Pfns:
@@ -215,6 +269,24 @@ def _map_run(
     elif not pages.all():
         pages = pages[: int((pages == 0).argmax())]
     _check_hwpoison(mem, addr, pages)
+    return _finish_fault(mem, vma, addr, ptes, pages, write=write)
+
+
+def _finish_fault(mem: Memory, vma: Vma, addr: int, ptes: Ptes, pages: Pfns, *, write: bool) -> int:
+    """Map `pages` from `addr` on, each for a fault of its own; returns how many that were.
+
+    Later kernels answer one fault by all of a compound page, if it fits and nothing is in its way.
+    """
+    place = pte_index(addr)
+    if mem.version.finish_fault_maps_folios:
+        compound = mem.pages.flags[pages] & U_COMPOUND != 0
+        pages = pages[: max(1, int(compound.argmax()))] if compound.any() else pages
+        whole = _places_of_folio(mem, vma, addr, int(pages[0])) if compound[0] else None
+        if whole is not None and not ptes[whole].any() and not vma.userfaultfd_armed():
+            head = mem.pages.head_of(int(pages[0]))
+            pfns = head + np.arange(mem.pages.compound_nr(head))
+            map_file_pages(mem, vma, ptes, np.arange(whole.start, whole.stop), pfns, write=write)
+            return 1
     map_file_pages(mem, vma, ptes, np.arange(place, place + len(pages)), pages, write=write)
     return len(pages)
 
@@ -232,7 +304,7 @@ def _get_pages(mem: Memory, vma: Vma, index: int, nr: int) -> Pfns:
         return np.array([page])
     within = -(-inode.i_size // PAGE_SIZE) - index
     slots = inode.i_mapping.i_pages.node(index)[index % HPAGE_PMD_NR :][: max(0, min(nr, within))]
-    plain = not vma.vm_flags & VM_UFFD_MISSING and not shmem_is_huge(mem, inode, index, vma)
+    plain = not vma.vm_flags & VM_UFFD_MISSING and not shmem_allocates_huge(mem, inode, index, vma)
     nr_holes = run_of_none(slots)
     if nr_holes and plain:
         return shmem_add_pages(mem, inode, index, nr_holes, memcg=mm.memcg, nid=mm.preferred_node)

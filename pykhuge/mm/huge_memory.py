@@ -80,6 +80,7 @@ __all__ = [
     "split_huge_page",
     "split_huge_pmd",
     "transhuge_vma_suitable",
+    "vma_thp_disabled",
 ]
 
 # How the zero page is mapped.
@@ -101,6 +102,11 @@ def transhuge_vma_suitable(vma: Vma, addr: int) -> bool:
     return vma.vm_start <= haddr and haddr + HPAGE_PMD_SIZE <= vma.vm_end
 
 
+def vma_thp_disabled(vma: Vma, vm_flags: int) -> bool:
+    """Whether the mapping, if it has `vm_flags`, or its process wants no huge pages at all."""
+    return bool(vm_flags & VM_NOHUGEPAGE or vma.mm.flags & MMF_DISABLE_THP)
+
+
 def hugepage_vma_check(
     mem: Memory,
     vma: Vma,
@@ -120,7 +126,7 @@ def hugepage_vma_check(
     Kernel: hugepage_vma_check (mm/huge_memory.c).
     """
     flags = vma.vm_flags if vm_flags is None else vm_flags
-    if flags & VM_NOHUGEPAGE or vma.mm.flags & MMF_DISABLE_THP:
+    if vma_thp_disabled(vma, flags):
         return False
     if flags & (VM_SPECIAL | VM_HUGETLB):
         return False
@@ -157,7 +163,7 @@ def shmem_is_huge(
     if mem.thp.shmem_enabled == "deny":
         return False
     flags = vm_flags if vm_flags is not None else vma.vm_flags if vma is not None else 0
-    if vma is not None and (flags & VM_NOHUGEPAGE or vma.mm.flags & MMF_DISABLE_THP):
+    if vma is not None and vma_thp_disabled(vma, flags):
         return False
     if force or mem.thp.shmem_enabled == "force":
         return True

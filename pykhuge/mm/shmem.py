@@ -29,7 +29,7 @@ from pykhuge.mm.filemap import (
     when_unlocked,
     zero_partial_page,
 )
-from pykhuge.mm.huge_memory import OutOfMemory, shmem_is_huge
+from pykhuge.mm.huge_memory import OutOfMemory, shmem_is_huge, transhuge_vma_suitable
 from pykhuge.mm.mm_types import (
     VM_NORESERVE,
     VM_UFFD_MISSING,
@@ -65,6 +65,7 @@ __all__ = [
     "BLOCKS_PER_PAGE",
     "Sgp",
     "shmem_add_pages",
+    "shmem_allocates_huge",
     "shmem_charge",
     "shmem_evict_inode",
     "shmem_fallocate",
@@ -219,7 +220,7 @@ def shmem_get_folio(
         raise os_error(errno.ENOENT, f"page {index} of {inode.name} is a hole")
     if vma is not None and vma.vm_flags & VM_UFFD_MISSING:
         raise UserFault(vma.address_of(index), "missing")
-    if shmem_is_huge(mem, inode, index, vma):
+    if shmem_allocates_huge(mem, inode, index, vma):
         head = _alloc_huge(mem, inode, index & -HPAGE_PMD_NR, memcg, nid)
         if head is not None:
             return head + index % HPAGE_PMD_NR
@@ -227,6 +228,20 @@ def shmem_get_folio(
         mem, inode, index, 1, memcg=memcg, nid=nid, uptodate=sgp is not Sgp.SGP_FALLOC
     )
     return int(pfns[0])
+
+
+def shmem_allocates_huge(mem: Memory, inode: ShmemInode, index: int, vma: Vma | None) -> bool:
+    """Whether a hole at `index` is to get a huge page; later kernels ask if `vma` could map it.
+
+    Args:
+        vma: as for `shmem_get_folio`.
+    Kernel: shmem_is_huge; shmem_allowable_huge_orders, shmem_suitable_orders.
+    """
+    if not shmem_is_huge(mem, inode, index, vma):
+        return False
+    if vma is None or not mem.version.shmem_allocates_what_fits:
+        return True
+    return transhuge_vma_suitable(vma, vma.address_of(index))
 
 
 def _cached_page(mem: Memory, entry: int, index: int, sgp: Sgp) -> int | None:

@@ -50,6 +50,13 @@ WITNESSES = {
     "child.dontneed 0+256; dontneed 3+1; hugepage 0+512",
     "shmem_heeds_past_advice": "shm via=khugepaged: write 0+512; hugepage 0+512",
     "collapse_file_addr_in_hex": "memfd: write 0+512",
+    "shmem_allocates_what_fits": "memfd head=1: hugepage 1+511; read 5+1; read 100+1",
+    "finish_fault_maps_folios": "memfd: write 0+512; collapse 0+512; nohugepage 0+512; "
+    "dontneed 0+512; write 5+1",
+    "set_pmd_heeds_nohugepage": "memfd: write 0+512; collapse 0+512; nohugepage 0+512; "
+    "dontneed 0+512; read 5+1",
+    "fault_around_maps_folios": "private: read 0+512; collapse 0+512; write 100+1; "
+    "dontneed 100+1; read 5+1",
     "split_maps_zero_page": "anon: hugepage 0+512; read 0+512; write 0+1; pageout 5+1",
     "huge_zero_page_gives_huge": "anon: hugepage 0+512; read 0+512; write 185+1",
     "shmem_swaps_huge": "memfd: write 0+512; collapse 0+512; pageout 0+512; read 3+1",
