@@ -367,14 +367,15 @@ class Process(UserAccess, FileCalls):
         mm = self.mm
         yield Acquire(mm.mmap_lock, WRITE)
         stop = mapped_up_to(mm, start, end)
-        change_flags(
+        changed = change_flags(
             self.mem,
             mm,
             start,
             stop,
             lambda vma: vma.vm_flags | VM_LOCKED if lock else vma.vm_flags & ~VM_LOCKED,
         )
-        mlock_vma_range(self.mem, mm, start, stop, lock=lock)
+        for low, high in changed:
+            mlock_vma_range(self.mem, mm, low, high, lock=lock)
         yield Release(mm.mmap_lock)
         check_whole(stop, end)
 

@@ -32,6 +32,7 @@ from pykhuge.mm.mm_types import (
     VM_WRITE,
     File,
     Mm,
+    Userfaultfd,
     Vma,
 )
 from pykhuge.mm.mmzone import Memory
@@ -59,6 +60,7 @@ from pykhuge.mm.zap import zap_page_range
 __all__ = [
     "TASK_SIZE",
     "change_flags",
+    "change_vmas",
     "do_mmap",
     "do_munmap",
     "exit_mmap",
@@ -277,22 +279,41 @@ def free_pgtables(mem: Memory, mm: Mm, start: int, end: int) -> None:
             free_page_table(mem, mm, mm.pmd_tables.pop(gib))
 
 
-def change_flags(
-    mem: Memory, mm: Mm, start: int, end: int, change: Callable[[Vma], int]
-) -> list[Vma]:
-    """Give the VMAs of [start, end), cut to fit, the flags that `change` returns; merge afterwards.
+def change_vmas(
+    mem: Memory,
+    mm: Mm,
+    start: int,
+    end: int,
+    change: Callable[[Vma], tuple[int, Userfaultfd | None]],
+) -> list[tuple[int, int]]:
+    """Give the VMAs of [start, end), cut to fit, the flags and userfaultfd that `change` returns.
 
-    Returns: the VMAs as they are then. Locks: mmap_lock for write.
+    Those that have them already are left alone: nothing is cut, no huge PMD split. All is merged
+    afterwards. Returns: the ranges that changed. Locks: mmap_lock for write.
     """
-    for vma in isolate_vmas(mem, mm, start, end):
-        vma.vm_flags = change(vma)
+    changed = []
+    for vma in vmas_in(mm, start, end):
+        wanted = change(vma)
+        if wanted == (vma.vm_flags, vma.userfaultfd_ctx):
+            continue
+        low, high = max(start, vma.vm_start), min(end, vma.vm_end)
+        (part,) = isolate_vmas(mem, mm, low, high)
+        part.vm_flags, part.userfaultfd_ctx = wanted
+        changed.append((low, high))
     nr_before = 0
     while nr_before != len(mm.vmas):  # what is cut off at `end` may join what joined before it
         nr_before = len(mm.vmas)
         for vma in vmas_in(mm, start, end):
             if vma in mm.vmas:
                 vma_merge(mem, mm, vma)
-    return vmas_in(mm, start, end)
+    return changed
+
+
+def change_flags(
+    mem: Memory, mm: Mm, start: int, end: int, change: Callable[[Vma], int]
+) -> list[tuple[int, int]]:
+    """`change_vmas` of the flags alone."""
+    return change_vmas(mem, mm, start, end, lambda vma: (change(vma), vma.userfaultfd_ctx))
 
 
 def mapped_up_to(mm: Mm, start: int, end: int) -> int:
@@ -317,8 +338,6 @@ def check_mapped(mm: Mm, start: int, end: int) -> None:
 
 def mlock_vma_range(mem: Memory, mm: Mm, start: int, end: int, *, lock: bool) -> None:
     """Mark what is mapped in [start, end) as mlocked or not; the VMAs have VM_LOCKED already."""
-    if start == end:
-        return
     lru_add_drain(mem)
     for low, high in each_block(start, end):
         pmd = pmd_of(mem, mm, low)

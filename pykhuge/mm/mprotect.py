@@ -65,18 +65,12 @@ def do_mprotect(mem: Memory, mm: Mm, addr: int, length: int, prot: int) -> Steps
     denied = _first_denied(mm, addr, stop, prot)
     if denied is not None:
         stop = max(addr, denied.vm_start)
-    changed: list[tuple[int, int]] = []
-    locked: list[tuple[int, int]] = []
-
-    def change(vma: Vma) -> int:
-        flags = vma.vm_flags & ~0x7 | prot
-        if flags != vma.vm_flags:
-            changed.append((vma.vm_start, vma.vm_end))
-            if prot & VM_WRITE and vma.vm_flags & (VM_WRITE | VM_SHARED | VM_LOCKED) == VM_LOCKED:
-                locked.append((vma.vm_start, vma.vm_end))
-        return flags
-
-    change_flags(mem, mm, addr, stop, change)
+    locked = [
+        (max(addr, vma.vm_start), min(stop, vma.vm_end))
+        for vma in vmas_in(mm, addr, stop)
+        if prot & VM_WRITE and vma.vm_flags & (VM_WRITE | VM_SHARED | VM_LOCKED) == VM_LOCKED
+    ]
+    changed = change_flags(mem, mm, addr, stop, lambda vma: vma.vm_flags & ~0x7 | prot)
     for low, high in changed:
         if prot & VM_WRITE:
             mkwrite_range(mem, mm, low, high)

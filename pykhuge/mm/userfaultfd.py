@@ -15,7 +15,7 @@ from pykhuge.mm.fault import find_vma
 from pykhuge.mm.file_fault import map_file_pages
 from pykhuge.mm.huge_memory import OutOfMemory, split_huge_pmd
 from pykhuge.mm.mm import (
-    change_flags,
+    change_vmas,
     check_range,
     vmas_in,
 )
@@ -64,7 +64,10 @@ MARKER_POISONED = make_swap_pte(SWP_PTE_MARKER, PTE_MARKER_POISONED)
 def uffd_register(
     mem: Memory, mm: Mm, ctx: Userfaultfd, addr: int, length: int, *, missing: bool, wp: bool
 ) -> Steps[None]:
-    """UFFDIO_REGISTER: watch [addr, addr + length) for missing pages, writes, or both."""
+    """UFFDIO_REGISTER: watch [addr, addr + length) for missing pages, writes, or both.
+
+    What it watches for that already, and maybe for more, is left alone.
+    """
     if not missing and not wp:
         raise os_error(errno.EINVAL, "missing=False wp=False: allowed one of them or both")
     flags = VM_UFFD_MISSING * missing | VM_UFFD_WP * wp
@@ -81,13 +84,14 @@ def uffd_register(
     except OSError:
         yield Release(mm.mmap_lock)
         raise
-    change_flags(mem, mm, addr, end, lambda vma: _watch(vma, ctx, flags))
+
+    def watch(vma: Vma) -> tuple[int, Userfaultfd | None]:
+        if vma.userfaultfd_ctx is ctx and vma.vm_flags & flags == flags:
+            return vma.vm_flags, ctx
+        return vma.vm_flags & ~VM_UFFD_FLAGS | flags, ctx
+
+    change_vmas(mem, mm, addr, end, watch)
     yield Release(mm.mmap_lock)
-
-
-def _watch(vma: Vma, ctx: Userfaultfd | None, flags: int) -> int:
-    vma.userfaultfd_ctx = ctx
-    return vma.vm_flags & ~VM_UFFD_FLAGS | flags
 
 
 def uffd_unregister(mem: Memory, mm: Mm, addr: int, length: int) -> Steps[None]:
@@ -97,7 +101,7 @@ def uffd_unregister(mem: Memory, mm: Mm, addr: int, length: int) -> Steps[None]:
     for vma in vmas_in(mm, addr, end):
         if vma.vm_flags & VM_UFFD_WP:
             _unprotect(mem, mm, max(addr, vma.vm_start), min(end, vma.vm_end))
-    change_flags(mem, mm, addr, end, lambda vma: _watch(vma, None, 0))
+    change_vmas(mem, mm, addr, end, lambda vma: (vma.vm_flags & ~VM_UFFD_FLAGS, None))
     yield Release(mm.mmap_lock)
 
 

@@ -1,6 +1,7 @@
 """mmap, munmap, mprotect, mremap, mlock, fork: VMAs, page tables and what they count."""
 
 import errno
+from collections.abc import Callable
 
 import pytest
 from collapse_kit import (
@@ -176,6 +177,27 @@ def test_mprotect_that_reaches_into_what_is_so_already_leaves_one_mapping(
     process.mprotect(addr, 65 * PAGE, PROT_READ)
     ends = [vma.vm_end for vma in process.mm.vmas]
     assert ends == [addr + 287 * PAGE, addr + 512 * PAGE]
+
+
+@pytest.mark.parametrize("call", ["mprotect", "madvise", "mlock", "munlock", "register"])
+def test_what_is_so_already_is_neither_cut_nor_split(process: Process, call: str) -> None:
+    """A call on part of a mapping that already is what it asks for changes nothing at all."""
+    addr = advised(process)
+    process.write(addr, block_bytes())
+    uffd = process.userfaultfd()
+    calls: dict[str, Callable[[int, int], None]] = {
+        "mprotect": lambda at, length: process.mprotect(at, length, RW),
+        "madvise": lambda at, length: process.madvise(at, length, Advice.MADV_HUGEPAGE),
+        "mlock": process.mlock,
+        "munlock": process.munlock,
+        "register": lambda at, length: uffd.register(at, length, missing=True, wp=at == addr),
+    }
+    calls[call](addr, HPAGE)
+    flags = [vma.vm_flags for vma in process.mm.vmas]
+    calls[call](addr + 35 * PAGE, 65 * PAGE)
+    assert ranges(process) == [(addr, addr + HPAGE)]
+    assert [vma.vm_flags for vma in process.mm.vmas] == flags
+    assert process.is_huge(addr)
 
 
 def test_mprotect_of_a_whole_huge_page_keeps_it(process: Process) -> None:
