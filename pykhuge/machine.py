@@ -57,6 +57,8 @@ class Machine:
         distances: node_distance() as a square matrix; 10 and 20 if not given.
         device_memory: ZONE_DEVICE memory beside it, for `Process` pages that are not normal.
         swap: size of the swap device; none by default.
+        swap_synchronous_io: it is memory itself, such as zram: a page that one page-table entry
+            alone names comes back without entering the swap cache.
         cpus: CPUs, each with its LRU batch.
         commit_limit: what shared memory may be promised in all (vm.overcommit_memory=2); no limit
             if not given.
@@ -75,6 +77,7 @@ class Machine:
         distances: Sequence[Sequence[int]] | None = None,
         device_memory: str | int = 0,
         swap: str | int = 0,
+        swap_synchronous_io: bool = False,
         cpus: int = 1,
         commit_limit: str | int | None = None,
         recovery: bool = True,
@@ -83,6 +86,8 @@ class Machine:
     ) -> None:
         if not isinstance(cpus, int) or cpus < 1:
             raise ValueError(f"cpus={cpus!r}: allowed 1 and more")
+        if not isinstance(swap_synchronous_io, bool):
+            raise ValueError(f"swap_synchronous_io={swap_synchronous_io!r}: allowed False and True")
         if not isinstance(recovery, bool):
             raise ValueError(f"recovery={recovery!r}: allowed False and True")
         if not isinstance(kernel, KernelVersion):
@@ -99,6 +104,7 @@ class Machine:
             distances=_distances(len(sizes), distances),
             nr_device_pages=parse_size("device_memory", device_memory) >> PAGE_SHIFT,
             nr_swap_slots=parse_size("swap", swap) >> PAGE_SHIFT,
+            swap_synchronous_io=swap_synchronous_io,
             nr_cpus=cpus,
             recovery=recovery,
             version=kernel,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from collapse_kit import HPAGE, NR, PAGE, MakeMachine, advised, faults
 
-from pykhuge import Advice, Machine, Process
+from pykhuge import Advice, KernelVersion, Machine, Process
 from pykhuge.hw.memory import HPAGE_PMD_NR
 from pykhuge.mm.page import PG_hwpoison, PG_referenced, PG_young
 from pykhuge.mm.page_table import (
@@ -368,6 +368,26 @@ def test_swap_of_shmem_counts_whole_where_a_mapping_has_nothing_of_its_own(
     process.madvise(shared, 8 * PAGE, Advice.MADV_PAGEOUT)
     assert entry(machine, process, shared).fields["Swap"] == 32
     assert entry(machine, process, private).fields["Swap"] == 32
+
+
+def test_a_huge_page_on_swap_counts_whole_at_every_look(make_machine: MakeMachine) -> None:
+    """Each part of a mapping has all of it, and each hole of a private one's table again."""
+    machine = make_machine(kernel=KernelVersion.V6_18, swap="16M")
+    process = machine.process()
+    memfd = process.memfd_create("m")
+    process.ftruncate(memfd, HPAGE)
+    shared = process.mmap(HPAGE, file=memfd, shared=True)
+    process.write(shared, b"x" * HPAGE)
+    process.madvise(shared, HPAGE, Advice.MADV_COLLAPSE)
+    private = process.mmap(HPAGE, file=memfd)
+    untouched = process.mmap(HPAGE, file=memfd)
+    process.write(private + PAGE, b"y")
+    part = process.mmap(2 * PAGE, file=memfd, offset=6 * PAGE, shared=True)
+    machine.lru_add_drain_all()
+    process.madvise(shared, HPAGE, Advice.MADV_PAGEOUT)
+    assert memfd.inode.swapped == 512
+    for at, looks in ((shared, 1), (part, 1), (untouched, 1), (private, 511)):
+        assert entry(machine, process, at).fields["Swap"] == looks * 2048
 
 
 def test_referenced_is_what_the_entry_or_the_page_remembers(

@@ -402,7 +402,7 @@ def do_swap_page(
     anon_vma_prepare(mem, vma)
     if write and not pages.flags[pfn] & PG_lru:
         lru_add_drain(mem)
-    exclusive = bool(pte & PAGE_SWP_EXCLUSIVE)
+    exclusive = bool(pte & PAGE_SWP_EXCLUSIVE) or not pages.flags[pfn] & PG_swapcache
     swap_free(mem, entry)
     if _should_try_to_free_swap(mem, vma, pfn, write) and not folio_swapped(mem, pfn):
         delete_from_swap_cache(mem, pfn)
@@ -420,10 +420,14 @@ def do_swap_page(
 
 
 def _get_swap_page(mem: Memory, vma: Vma, addr: int, entry: int) -> int | None:
-    """The slot's page, from the swap cache or read anew, with a reference; None if it is locked."""
+    """The slot's page, from the swap cache or read anew, with a reference; None if it is locked.
+
+    From a device that answers at once, a page that only this entry wants skips the cache.
+    """
     pfn = mem.swap.cache.get(entry)
     if pfn is None:
-        pfn = swap_readpage(mem, entry, vma.mm.memcg, vma.mm.preferred_node)
+        alone = mem.swap.synchronous_io and mem.swap.swap_map[entry] == 1
+        pfn = swap_readpage(mem, entry, vma.mm.memcg, vma.mm.preferred_node, skip_cache=alone)
         if pfn is None:
             raise OutOfMemory(f"no page to swap in {addr:#x} of {vma.mm.name}")
     elif mem.pages.flags[pfn] & PG_locked:

@@ -74,9 +74,11 @@ class SwapDevice:
     shmem: slots named by a page cache instead of page tables.
     cache: page frame of each slot that is in the swap cache.
     bad: slots whose reads fail.
+    synchronous_io: SWP_SYNCHRONOUS_IO; it is memory itself, such as zram, and answers at once.
     """
 
     nr_slots: int
+    synchronous_io: bool = False
     swap_map: dict[int, int] = field(default_factory=dict)
     contents: dict[int, bytes] = field(default_factory=dict)
     cache: dict[int, int] = field(default_factory=dict)
@@ -173,6 +175,7 @@ class Memory:
         distances: list[list[int]],
         nr_device_pages: int,
         nr_swap_slots: int,
+        swap_synchronous_io: bool,
         nr_cpus: int,
         recovery: bool,
         version: KernelVersion,
@@ -226,7 +229,7 @@ class Memory:
         self.user_pages: list[HeldPages] = []
         self.hwpoison = HwPoison()
         self.num_poisoned_pages = 0
-        self.swap = SwapDevice(nr_swap_slots)
+        self.swap = SwapDevice(nr_swap_slots, swap_synchronous_io)
         self.thp = ThpSettings()
         self.huge_zero_pfn: int | None = None
 

@@ -122,8 +122,12 @@ def ptes_of(mem: Memory, mm: Mm, low: int, high: int) -> Ptes:
 
 def uffd_wp_lifted(ptes: Ptes) -> Ptes:
     """The words without the write protection of userfaultfd; markers for it become none."""
-    bits = np.where(is_swap_ptes(ptes), PAGE_SWP_UFFD_WP, PAGE_UFFD_WP).astype(np.uint64)
-    return np.where(ptes == MARKER_UFFD_WP, np.uint64(0), ptes & ~bits)
+    return np.where(ptes == MARKER_UFFD_WP, np.uint64(0), ptes & ~_uffd_wp_bits(ptes))
+
+
+def _uffd_wp_bits(ptes: Ptes) -> Ptes:
+    """Where each word has its mark of userfaultfd's write protection."""
+    return np.where(is_swap_ptes(ptes), PAGE_SWP_UFFD_WP, PAGE_UFFD_WP).astype(np.uint64)
 
 
 def anon_vma_new(mem: Memory, root: AnonVma | None = None) -> AnonVma:
@@ -489,7 +493,7 @@ def drop_file_ptes(mem: Memory, vma: Vma, words: Ptes, pfns: Pfns) -> None:
 def leave_markers(vma: Vma, ptes: Ptes, places: npt.NDArray[np.bool_] | Pfns, words: Ptes) -> None:
     """pte_install_uffd_wp_if_needed(): protected entries leave a marker in a watched file VMA."""
     if vma.vm_flags & VM_UFFD_WP:
-        ptes[places] = np.where(words & np.uint64(PAGE_UFFD_WP), np.uint64(MARKER_UFFD_WP), 0)
+        ptes[places] = np.where(words & _uffd_wp_bits(words), np.uint64(MARKER_UFFD_WP), 0)
 
 
 def page_mkclean(mem: Memory, pfns: Pfns) -> None:

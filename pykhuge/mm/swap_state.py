@@ -116,11 +116,19 @@ def swap_writepage(mem: Memory, pfn: int) -> bool:
 
 
 def swap_readpage(
-    mem: Memory, slot: int, memcg: MemCgroup, nid: int, *, major: bool = True
+    mem: Memory,
+    slot: int,
+    memcg: MemCgroup,
+    nid: int,
+    *,
+    major: bool = True,
+    skip_cache: bool = False,
 ) -> int | None:
     """read_swap_cache_async(): a new page in the swap cache with the slot's contents.
 
-    major: count it as a fault that had to wait for the device.
+    Args:
+        major: count it as a fault that had to wait for the device.
+        skip_cache: the page does not enter the swap cache (SWP_SYNCHRONOUS_IO).
     Returns: its frame, with one reference for the caller; None if there is no memory for it. It is
     not PG_uptodate if the device failed.
     """
@@ -132,8 +140,11 @@ def swap_readpage(
         return None
     pfn = int(found[0])
     mem.pages.memcg[pfn] = memcg.key
-    add_to_swap(mem, pfn, slot)
-    mem.pages.flags[pfn] &= np.uint32(~PG_dirty & 0xFFFFFFFF)
+    if skip_cache:
+        mem.pages.flags[pfn] |= np.uint32(PG_swapbacked)
+    else:
+        add_to_swap(mem, pfn, slot)
+        mem.pages.flags[pfn] &= np.uint32(~PG_dirty & 0xFFFFFFFF)
     mem.vmstat.count(PSWPIN)
     if major:
         mem.vmstat.count(PGMAJFAULT)

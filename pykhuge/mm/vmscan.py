@@ -11,7 +11,7 @@ from pykhuge.mm.filemap import (
     filemap_remove_pages,
     split_huge_file_page,
 )
-from pykhuge.mm.huge_memory import split_huge_page
+from pykhuge.mm.huge_memory import split_huge_page, split_huge_pmd
 from pykhuge.mm.mm_types import AddressSpace, ShmemInode, Vma
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import (
@@ -26,6 +26,7 @@ from pykhuge.mm.page import (
     PG_swapbacked,
     PG_swapcache,
     PG_tail,
+    PG_unevictable,
     PG_writeback,
     PG_young,
     PG_zone_device,
@@ -42,12 +43,20 @@ from pykhuge.mm.page_table import (
     pte_pfn,
     pte_pfns,
 )
-from pykhuge.mm.rmap import mapped_by_another, page_remove_rmap, pmd_of, set_pmd, try_to_unmap
+from pykhuge.mm.rmap import (
+    mapped_by_another,
+    page_remove_rmap,
+    pmd_of,
+    ptes_of,
+    set_pmd,
+    try_to_unmap,
+)
 from pykhuge.mm.shmem import shmem_recalc_inode, shmem_writepage
 from pykhuge.mm.swap import isolate_lru_pages, lru_add_drain, lru_item, put_pages, putback_lru_pages
 from pykhuge.mm.swap_state import (
     add_to_swap,
     delete_from_swap_cache,
+    folio_swapped,
     get_swap_pages,
     swap_writepage,
     unmap_to_swap,
@@ -73,14 +82,12 @@ def pageout_range(mem: Memory, vma: Vma, start: int, end: int) -> None:
         ptes = _small_ptes(mem, vma, low, high, to_swap=True)
         for place in range(len(ptes)):
             pte = int(ptes[place])
+            if pte & PAGE_PRESENT and mem.pages.is_compound(pte_pfn(pte)):
+                if not _large_folio(mem, vma, ptes, place, to_swap=True):
+                    break
+                pte = int(ptes[place])
             pfn = pte_pfn(pte)
-            if not pte & PAGE_PRESENT or pfn == mem.zero_pfn:
-                continue
-            if mem.pages.flags[pfn] & U_COMPOUND and not _split_folio(
-                mem, vma, ptes, place, to_swap=True
-            ):
-                break
-            if _may_reclaim(mem, pfn):
+            if pte & PAGE_PRESENT and pfn != mem.zero_pfn and _may_reclaim(mem, pfn):
                 ptes[place] &= np.uint64(~PAGE_ACCESSED & (1 << 64) - 1)
                 if mem.pages.flags[pfn] & PG_anon:
                     _reclaim(mem, vma, ptes, place, pfn)
@@ -94,13 +101,17 @@ def _reclaim_huge_file_page(mem: Memory, vma: Vma, low: int, high: int) -> None:
     if vma.vm_file is None or not pmd or not pmd_trans_huge(pmd):
         return
     head, mapping = pte_pfn(pmd), vma.vm_file.f_mapping
-    alone = mem.pages.total_mapcount(head) == 1
-    if not alone or not _split(mem, head):
+    if _others_map(mem, vma, head) or not _split(mem, head):
         return
-    if high - low < HPAGE_PMD_SIZE:
-        return  # the PMD is gone with the split, and with it what the walk would look at
-    first = vma.linear_page_index(low)
-    for _, entries in mapping.i_pages.entries(first, first + (high - low >> PAGE_SHIFT)):
+    if (
+        high - low == HPAGE_PMD_SIZE
+    ):  # else the PMD is gone, and with it what the walk would look at
+        _reclaim_pages_of_huge(mem, mapping, vma.linear_page_index(low))
+
+
+def _reclaim_pages_of_huge(mem: Memory, mapping: AddressSpace, first: int) -> None:
+    """The pages of what was a huge page of a file until now; all of shmem's went to swap as one."""
+    for _, entries in mapping.i_pages.entries(first, first + HPAGE_PMD_NR):
         for pfn in entries.tolist():
             _reclaim_file_page(mem, pfn)
     inode = mapping.host
@@ -158,9 +169,10 @@ def mark_page_lazyfree_range(mem: Memory, vma: Vma, start: int, end: int) -> Non
             if pte and not pte & PAGE_PRESENT:
                 zap_page_range(mem, vma, addr, addr + (1 << PAGE_SHIFT))
                 continue
-            compound = pte and mem.pages.flags[pte_pfn(pte)] & U_COMPOUND
-            if compound and not _split_folio(mem, vma, ptes, place):
-                break
+            if pte and mem.pages.is_compound(pte_pfn(pte)):
+                if not _large_folio(mem, vma, ptes, place):
+                    break
+                pte = int(ptes[place])  # a split may have put the zero page there
             if pte and pte_pfn(pte) != mem.zero_pfn and _may_lazyfree(mem, pte_pfn(pte)):
                 ptes[place] = pte & ~(PAGE_ACCESSED | PAGE_DIRTY)
                 _mark_lazyfree(mem, pte_pfn(pte))
@@ -175,26 +187,30 @@ def _free_huge_pmd(mem: Memory, vma: Vma, addr: int) -> bool:
     if not pmd or not pmd_trans_huge(pmd):
         return False
     head = pte_pfn(pmd)
-    alone = head != mem.huge_zero_pfn and mem.pages.total_mapcount(head) == 1
+    alone = head != mem.huge_zero_pfn and not _others_map(mem, vma, head)
     if alone and not mem.pages.flags[head] & PG_locked:
         set_pmd(mem, vma.mm, addr, pmd & ~(PAGE_ACCESSED | PAGE_DIRTY))
-        if mem.pages.flags[head] & PG_lru and mem.pages.flags[head] & PG_swapbacked:
-            _mark_lazyfree(mem, head)
+        mem.pages.flags[head] &= np.uint32(~PG_dirty & 0xFFFFFFFF)
+        _mark_lazyfree(mem, head)
     return True
 
 
 def _small_ptes(mem: Memory, vma: Vma, low: int, high: int, *, to_swap: bool = False) -> Ptes:
-    """The entries of [low, high), after splitting a huge page there; none if it stays.
+    """The entries of [low, high), after splitting a huge page there; none if it stays, or is gone.
 
-    to_swap: a huge page that lies in the range as a whole is one for swap.
+    to_swap: a huge page that lies in the range as a whole is one for swap, or is dropped.
     """
     pmd = pmd_of(mem, vma.mm, low)
     if pmd and pmd_trans_huge(pmd):
         head = pte_pfn(pmd)
         alone = vma.vm_file is None and head != mem.huge_zero_pfn
-        if not alone or mem.pages.total_mapcount(head) != 1:
+        if not alone or _others_map(mem, vma, head):
             return mem.ram.words[0, :0]
         whole = to_swap and high - low == HPAGE_PMD_SIZE
+        if whole and not mem.pages.flags[head] & PG_swapbacked:
+            split_huge_pmd(mem, vma, low)
+            _discard_lazyfree(mem, vma, ptes_of(mem, vma.mm, low, high), head)
+            return mem.ram.words[0, :0]
         if not split_huge_page(mem, head, to_swap=whole and _room_for_huge(mem)):
             return mem.ram.words[0, :0]
         pmd = pmd_of(mem, vma.mm, low)
@@ -204,24 +220,49 @@ def _small_ptes(mem: Memory, vma: Vma, low: int, high: int, *, to_swap: bool = F
     return mem.ram.words[pte_pfn(pmd), first : first + (high - low >> PAGE_SHIFT)]
 
 
-def _split_folio(mem: Memory, vma: Vma, ptes: Ptes, place: int, *, to_swap: bool = False) -> bool:
-    """A compound page mapped by PTEs is split if this mm alone maps it. False: the walk ends here.
+def _large_folio(mem: Memory, vma: Vma, ptes: Ptes, place: int, *, to_swap: bool = False) -> bool:
+    """MADV_FREE, or MADV_PAGEOUT, of a compound page mapped by PTEs. False: the walk ends here.
 
-    The series wants all of it mapped by one entry, and walks no further otherwise. Later kernels
-    look whether another mm maps it, and go on; a whole one of theirs goes to swap as it is.
+    The series splits one that a single entry maps, and walks no further otherwise. Later kernels
+    take it whole if all of it is in the range, and split it if not and it is this mm's alone.
     """
-    head = mem.pages.head_of(pte_pfn(int(ptes[place])))
+    pages, head = mem.pages, mem.pages.head_of(pte_pfn(int(ptes[place])))
     if not mem.version.large_folios:
-        return mem.pages.total_mapcount(head) == 1 and _split(mem, head)
-    if not mapped_by_another(mem, vma.mm, head):
-        batch = pte_pfns(ptes) - np.arange(len(ptes)) == pte_pfn(int(ptes[place])) - place
-        whole = int(np.count_nonzero(batch & (ptes & U_PRESENT != 0))) == HPAGE_PMD_NR
-        if whole and not to_swap:
-            ptes[:] &= np.uint64(~(PAGE_ACCESSED | PAGE_DIRTY) & (1 << 64) - 1)
+        return pages.total_mapcount(head) == 1 and _split(mem, head)
+    whole = slice(place, place + pages.compound_nr(head))
+    mapped = pte_pfns(ptes[whole]) * (ptes[whole] & U_PRESENT != 0)
+    if not np.array_equal(mapped, np.arange(head, head + pages.compound_nr(head))):
+        if not mapped_by_another(mem, vma.mm, head):
+            _split(mem, head)
+        return True
+    alone = pages.total_mapcount(head) == pages.compound_nr(head)
+    if not to_swap:
+        if alone or not pages.flags[head] & PG_dirty:
+            ptes[whole] &= np.uint64(~(PAGE_ACCESSED | PAGE_DIRTY) & (1 << 64) - 1)
+            pages.flags[head] &= np.uint32(~PG_dirty & 0xFFFFFFFF)
             _mark_lazyfree(mem, head)
-        else:
-            _split(mem, head, to_swap=whole and _room_for_huge(mem))
+    elif alone and pages.flags[head] & PG_lru:
+        _reclaim_folio(mem, vma, ptes[whole], head)
     return True
+
+
+def _reclaim_folio(mem: Memory, vma: Vma, ptes: Ptes, head: int) -> None:
+    """shrink_folio_list() of a compound page that `ptes` alone map."""
+    pages, mapping = mem.pages, mem.mappings[int(mem.pages.mapping[head])]
+    index = int(pages.index[head])
+    if not pages.flags[head] & PG_swapbacked and pages.flags[head] & PG_anon:
+        _discard_lazyfree(mem, vma, ptes, head)
+    elif not isinstance(mapping, AddressSpace):
+        _split(mem, head, to_swap=_room_for_huge(mem))  # its pages go one by one
+    elif _split(mem, head):
+        _reclaim_pages_of_huge(mem, mapping, index)
+
+
+def _others_map(mem: Memory, vma: Vma, head: int) -> bool:
+    """Whether a compound page is not this mm's alone, or, at the series, mapped more than once."""
+    if mem.version.large_folios:
+        return mapped_by_another(mem, vma.mm, head)
+    return mem.pages.total_mapcount(head) != 1
 
 
 def _split(mem: Memory, head: int, *, to_swap: bool = False) -> bool:
@@ -249,21 +290,33 @@ def _may_reclaim(mem: Memory, pfn: int) -> bool:
 
 
 def _may_lazyfree(mem: Memory, pfn: int) -> bool:
+    """Whether the content of a small page may be given up; it has left the swap cache then."""
     flags = int(mem.pages.flags[pfn])
+    if flags & PG_zone_device:
+        return False
+    if flags & (PG_swapcache | PG_dirty):
+        # A clean page may be shared: whoever writes to it makes its own entry dirty.
+        if flags & PG_locked or mem.pages.mapcount[pfn] != 1:
+            return False
+        if flags & PG_swapcache:
+            if folio_swapped(mem, pfn):
+                return False
+            delete_from_swap_cache(mem, pfn)
+        mem.pages.flags[pfn] &= np.uint32(~PG_dirty & 0xFFFFFFFF)
+    return True
+
+
+def _mark_lazyfree(mem: Memory, head: int) -> None:
+    """folio_mark_lazyfree(): move a page of the LRU lists to the inactive file list."""
+    flags = int(mem.pages.flags[head])
     wanted = PG_lru | PG_swapbacked
-    refused = U_COMPOUND | PG_locked | PG_swapcache | PG_zone_device
-    # A clean page may be shared: whoever writes to it makes its own entry dirty.
-    alone = not flags & PG_dirty or mem.pages.mapcount[pfn] == 1
-    return flags & wanted == wanted and not flags & refused and bool(alone)
-
-
-def _mark_lazyfree(mem: Memory, pfn: int) -> None:
-    flags = int(mem.pages.flags[pfn])
-    lazy = flags & ~(PG_swapbacked | PG_active | PG_referenced | PG_dirty)
-    mem.pages.flags[pfn] = lazy
-    nr = mem.pages.compound_nr(pfn)
-    mem.mod_page(lru_item(flags), pfn, -nr)
-    mem.mod_page(lru_item(lazy), pfn, +nr)
+    if flags & (wanted | PG_swapcache | PG_unevictable) != wanted:
+        return
+    lazy = flags & ~(PG_swapbacked | PG_active | PG_referenced)
+    mem.pages.flags[head] = lazy
+    nr = mem.pages.compound_nr(head)
+    mem.mod_page(lru_item(flags), head, -nr)
+    mem.mod_page(lru_item(lazy), head, +nr)
 
 
 def _reclaim(mem: Memory, vma: Vma, ptes: Ptes, place: int, pfn: int) -> None:
@@ -271,7 +324,7 @@ def _reclaim(mem: Memory, vma: Vma, ptes: Ptes, place: int, pfn: int) -> None:
     one, pages = np.array([pfn]), mem.pages
     pages.flags[pfn] &= np.uint32(~(PG_referenced | PG_young) & 0xFFFFFFFF)
     if not pages.flags[pfn] & PG_swapbacked:
-        _discard_lazyfree(mem, vma, ptes, place, pfn)
+        _discard_lazyfree(mem, vma, ptes[place : place + 1], pfn)
         return
     if pages.maybe_dma_pinned(pfn):
         return
@@ -290,16 +343,20 @@ def _reclaim(mem: Memory, vma: Vma, ptes: Ptes, place: int, pfn: int) -> None:
     putback_lru_pages(mem, one)
 
 
-def _discard_lazyfree(mem: Memory, vma: Vma, ptes: Ptes, place: int, pfn: int) -> None:
-    """A lazily freed page is dropped if still clean; a dirty one becomes swap-backed again."""
-    pages, flags = mem.pages, int(mem.pages.flags[pfn])
-    if int(ptes[place]) & PAGE_DIRTY or flags & PG_dirty or pages.refcount[pfn] != 1:
-        pages.flags[pfn] = flags | PG_swapbacked
-        mem.mod_page(lru_item(flags), pfn, -1)
-        mem.mod_page(lru_item(flags | PG_swapbacked), pfn, +1)
+def _discard_lazyfree(mem: Memory, vma: Vma, ptes: Ptes, head: int) -> None:
+    """Drop a lazily freed page, which `ptes` alone map, if it is clean and nobody else's.
+
+    Else it becomes swap-backed again and stays where it is, a compound page as one.
+    """
+    pages, flags, nr = mem.pages, int(mem.pages.flags[head]), len(ptes)
+    dirty = np.bitwise_or.reduce(ptes) & np.uint64(PAGE_DIRTY) or flags & PG_dirty
+    if dirty or pages.refcount[head] != nr:
+        pages.flags[head] = flags | PG_swapbacked
+        mem.mod_page(lru_item(flags), head, -nr)
+        mem.mod_page(lru_item(flags | PG_swapbacked), head, +nr)
         return
-    ptes[place] = 0
-    one = np.array([pfn])
-    page_remove_rmap(mem, one, vma)
-    mem.mod_mm(vma.mm, MM_ANONPAGES, -1)
-    put_pages(mem, one)
+    ptes[:] = 0
+    page_remove_rmap(mem, np.arange(head, head + nr), vma)
+    mem.mod_mm(vma.mm, MM_ANONPAGES, -nr)
+    pages.refcount[head] -= nr - 1
+    put_pages(mem, np.array([head]))

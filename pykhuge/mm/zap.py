@@ -13,7 +13,7 @@ from pykhuge.mm.huge_memory import (
 )
 from pykhuge.mm.mm_types import AddressSpace, Vma
 from pykhuge.mm.mmzone import Memory
-from pykhuge.mm.page import PG_anon, compound_head
+from pykhuge.mm.page import Pfns, PG_anon, compound_head
 from pykhuge.mm.page_table import (
     SWP_TYPE_SHIFT,
     U_PRESENT,
@@ -106,7 +106,8 @@ def _zap_ptes(mem: Memory, vma: Vma, ptes: Ptes, even_cows: bool, drop_markers: 
         _zap_file_ptes(mem, vma, ptes, words, drop_markers)
         if not even_cows:
             return
-        ptes[is_swap_ptes(words) & (words != MARKER_UFFD_WP)] = 0
+        swapped = np.flatnonzero(is_swap_ptes(words) & (words != MARKER_UFFD_WP))
+        _clear_copies(vma, ptes, swapped, words, drop_markers)
     for slot in swap_slots(words[is_swap_ptes(words)]):
         swap_free(mem, slot)
         mem.mod_mm(vma.mm, MM_SWAPENTS, -1)
@@ -118,7 +119,7 @@ def _zap_ptes(mem: Memory, vma: Vma, ptes: Ptes, even_cows: bool, drop_markers: 
     present, pfns = present[pfns != mem.zero_pfn], pfns[pfns != mem.zero_pfn]
     if vma.vm_file is not None:
         anon = mem.pages.flags[compound_head(mem.pages, pfns)] & np.uint32(PG_anon) != 0
-        ptes[present[anon]] = 0
+        _clear_copies(vma, ptes, present[anon], words, drop_markers)
         pfns = pfns[anon]
     if len(pfns):
         page_remove_rmap(mem, pfns, vma)
@@ -144,6 +145,13 @@ def _zap_file_ptes(mem: Memory, vma: Vma, ptes: Ptes, words: Ptes, drop_markers:
         put_pages(mem, pfns)
     if drop_markers:
         ptes[is_swap_ptes(words) & (words >> np.uint64(SWP_TYPE_SHIFT) != 0)] = 0
+
+
+def _clear_copies(vma: Vma, ptes: Ptes, places: Pfns, words: Ptes, drop_markers: bool) -> None:
+    """Empty the entries of a private mapping's own pages, in memory and on swap."""
+    ptes[places] = 0
+    if not drop_markers:
+        leave_markers(vma, ptes, places, words[places])
 
 
 def swap_slots(swapped: Ptes) -> list[int]:

@@ -35,6 +35,7 @@ from pykhuge.mm.page_table import (
     SWP_TYPE_SHIFT,
     U_PRESENT,
     Ptes,
+    each_block,
     is_swap_ptes,
     pte_pfns,
     swp_offsets,
@@ -234,18 +235,39 @@ def _add_shmem_swap(stats: Stats, vma: Vma, blocks: list[tuple[int, Ptes]]) -> N
     """Pages of a shmem file that are on swap, which no entry names.
 
     A writable private mapping counts those under holes of its page tables alone: where it has an
-    entry, that is its own. Kernel: smap_gather_stats, shmem_swap_usage, smaps_pte_hole.
+    entry, that is its own. What went to swap as one counts whole at every look-up that finds a part
+    of it, so that a table's holes, looked up one by one, make much of it.
+    Kernel: smap_gather_stats, shmem_swap_usage, smaps_pte_hole.
     """
     inode = vma.vm_file.inode if vma.vm_file is not None else None
     if not isinstance(inode, ShmemInode) or not inode.swapped:
         return
-    last = vma.linear_page_index(vma.vm_end)
-    swapped = [
-        indexes[np.isin(-entries, value_slots(entries))]
-        for indexes, entries in inode.i_mapping.i_pages.entries(vma.vm_pgoff, last)
-    ]
-    found = np.concatenate(swapped) if swapped else np.zeros(0, np.int64)
     if vma.vm_flags & (VM_SHARED | VM_WRITE) == VM_WRITE:
-        own = [vma.linear_page_index(addr) + np.flatnonzero(words) for addr, words in blocks]
-        found = found[~np.isin(found, np.concatenate(own))] if own else found
-    stats["Swap"] += len(found) << PAGE_SHIFT
+        nr = _swapped_under_holes(vma, inode, blocks)
+    elif vma.vm_pgoff == 0 and vma.vm_end - vma.vm_start >= inode.i_size:
+        nr = inode.swapped
+    else:
+        nr = _partial_swap_usage(inode, vma.vm_pgoff, vma.linear_page_index(vma.vm_end))
+    stats["Swap"] += nr << PAGE_SHIFT
+
+
+def _swapped_under_holes(vma: Vma, inode: ShmemInode, blocks: list[tuple[int, Ptes]]) -> int:
+    tables, nr = dict(blocks), 0
+    for low, high in each_block(vma.vm_start, vma.vm_end):
+        first, last = vma.linear_page_index(low), vma.linear_page_index(high)
+        if low in tables:
+            holes = first + np.flatnonzero(tables[low] == 0)
+            nr += sum(_partial_swap_usage(inode, index, index + 1) for index in holes.tolist())
+        else:
+            nr += _partial_swap_usage(inode, first, last)
+    return nr
+
+
+def _partial_swap_usage(inode: ShmemInode, first: int, last: int) -> int:
+    """shmem_partial_swap_usage(): pages on swap in [first, last), by whole entries."""
+    nr = 0
+    for indexes, entries in inode.i_mapping.i_pages.entries(first, last):
+        swapped = len(value_slots(entries))
+        whole = int(indexes[0]) & -HPAGE_PMD_NR in inode.swapped_huge
+        nr += HPAGE_PMD_NR if whole and swapped else swapped
+    return nr

@@ -110,3 +110,27 @@ def test_untouched_memory_merges_where_it_moves(process: Process) -> None:
     stay = process.mmap(HPAGE, addr=1 << 40)
     process.mremap(process.mmap(HPAGE, addr=3 << 40), HPAGE, stay + HPAGE)
     assert [str(vma) for vma in process.mm.vmas] == [f"{stay:012x}-{stay + 2 * HPAGE:012x}"]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_protected_private_copy_leaves_a_marker(
+    machine: Machine, process: Process, swapped: bool
+) -> None:
+    """MADV_DONTNEED of it gives the file's page back, and who writes to that is told, too."""
+    file = process.memfd_create("file")
+    process.ftruncate(file, HPAGE)
+    addr = process.mmap(HPAGE, file=file)
+    process.write(addr, b"x" * (4 * PAGE))
+    fd = process.userfaultfd()
+    fd.register(addr, HPAGE, missing=False, wp=True)
+    fd.writeprotect(addr, 2 * PAGE)
+    if swapped:
+        machine.lru_add_drain_all()
+        process.madvise(addr, 4 * PAGE, Advice.MADV_PAGEOUT)
+    process.madvise(addr, 4 * PAGE, Advice.MADV_DONTNEED)
+    assert process.read(addr, 4 * PAGE) == bytes(4 * PAGE)
+    with pytest.raises(UserFault):
+        process.write(addr + PAGE, b"watched")
+    process.write(addr + 2 * PAGE, b"free")
+    process.munmap(addr, HPAGE)
+    machine.audit()

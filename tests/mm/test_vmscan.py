@@ -24,8 +24,8 @@ from collapse_kit import (
     rss,
 )
 
-from pykhuge import Advice, BusError, Machine, Process, ScanResult
-from pykhuge.mm.page import PG_swapbacked, PG_swapcache
+from pykhuge import Advice, BusError, KernelVersion, Machine, Process, ScanResult
+from pykhuge.mm.page import PG_anon_exclusive, PG_head, PG_swapbacked, PG_swapcache
 
 S = ScanResult
 
@@ -214,6 +214,36 @@ def test_cgroup_limit_stops_swap_in(machine: Machine) -> None:
     assert rss(process)["MM_SWAPENTS"] == 1
 
 
+@pytest.mark.parametrize("synchronous", [False, True])
+@pytest.mark.parametrize("others", [False, True])
+def test_a_page_that_one_entry_names_skips_the_cache_of_a_device_that_is_memory(
+    make_machine: MakeMachine, synchronous: bool, others: bool
+) -> None:
+    """It is its task's own then; what more entries name goes by way of the cache."""
+    machine = make_machine(swap="16M", swap_synchronous_io=synchronous)
+    process = machine.process()
+    addr = process.mmap(PAGE)
+    process.write(addr, page_bytes(1))
+    machine.lru_add_drain_all()
+    pageout(process, addr, [0])
+    child = process.fork()  # from here on the entry is nobody's own
+    if not others:
+        child.munmap(addr, PAGE)
+    assert process.read(addr, PAGE) == page_bytes(1)
+    flags = flags_of(process, pfn_of(process, addr, 0))
+    skipped = synchronous and not others
+    assert bool(flags & PG_swapcache) is not skipped
+    assert bool(flags & PG_anon_exclusive) is skipped
+    assert machine.vmstat()["pswpin"] == 1
+
+
+@pytest.mark.parametrize("value", [1, "yes", None])
+def test_a_bad_swap_synchronous_io_is_named(make_machine: MakeMachine, value: object) -> None:
+    """With what is allowed."""
+    with pytest.raises(ValueError, match=f"swap_synchronous_io={value!r}: allowed False and True"):
+        make_machine(swap_synchronous_io=value)
+
+
 # MADV_FREE.
 
 
@@ -245,6 +275,72 @@ def test_lazily_freed_pages_are_dropped_not_written(
     assert process.read(eight, PAGE) == bytes(PAGE)
     assert process.read(eight + PAGE, 5) == b"again"
     assert flags_of(process, pfn_of(process, eight, 1)) & PG_swapbacked
+
+
+def test_madv_free_makes_entries_clean_again(process: Process, eight: int) -> None:
+    """What was written to since the first time is given up by the second."""
+    lazyfree(process, eight, [0, 1])
+    process.write(eight, b"again")
+    lazyfree(process, eight, [0, 1])
+    pageout(process, eight, [0, 1])
+    assert process.read(eight, 2 * PAGE) == bytes(2 * PAGE)
+
+
+def test_madv_free_takes_pages_out_of_the_swap_cache(
+    machine: Machine, process: Process, eight: int
+) -> None:
+    """Read back from swap, a page still has its slot; it loses it, and is dropped later."""
+    pageout(process, eight, [0, 1])
+    process.read(eight, PAGE)
+    machine.lru_add_drain_all()
+    lazyfree(process, eight, [0, 1])
+    assert machine.mem.swap.swap_map == {}
+    assert not flags_of(process, pfn_of(process, eight, 0)) & (PG_swapcache | PG_swapbacked)
+    pageout(process, eight, [0])
+    assert process.read(eight, 2 * PAGE) == bytes(2 * PAGE)
+    assert process.read(eight + 2 * PAGE, 6 * PAGE) == block_bytes(2, 6)
+
+
+def test_madv_free_leaves_alone_what_others_have_on_swap_too(
+    machine: Machine, process: Process, eight: int
+) -> None:
+    """The slot, and so the content, is the child's as well."""
+    pageout(process, eight, [0])
+    child = process.fork()
+    process.read(eight, PAGE)
+    machine.lru_add_drain_all()
+    lazyfree(process, eight, [0])
+    assert flags_of(process, pfn_of(process, eight, 0)) & PG_swapcache
+    assert child.read(eight, PAGE) == process.read(eight, PAGE) == page_bytes(0)
+
+
+@pytest.mark.parametrize("kernel", [KernelVersion.REF, KernelVersion.V6_18])
+@pytest.mark.parametrize("use", ["none", "written", "held"])
+def test_a_lazily_freed_huge_page_is_dropped_whole_or_not_at_all(
+    make_machine: MakeMachine, kernel: KernelVersion, use: str
+) -> None:
+    """In use, it stays one compound page, mapped by entries of a table, and swap-backed."""
+    machine = make_machine(kernel=kernel, swap="16M")
+    process = machine.process()
+    addr = advised(process)
+    process.write(addr, block_bytes())
+    head = pfn_of(process, addr, 0)
+    machine.lru_add_drain_all()
+    process.madvise(addr, HPAGE, Advice.MADV_FREE)
+    if use == "written":
+        process.write(addr + 3 * PAGE, page_bytes(3))
+    elif use == "held":
+        process.get(addr + 3 * PAGE, PAGE)
+    before = machine.vmstat()["nr_free_pages"]
+    process.madvise(addr, HPAGE, Advice.MADV_PAGEOUT)
+    assert not process.is_huge(addr)
+    if use == "none":
+        assert machine.vmstat()["nr_free_pages"] == before + NR
+        assert process.read(addr, HPAGE) == bytes(HPAGE)
+    else:
+        assert flags_of(process, head) & PG_head
+        assert flags_of(process, head) & PG_swapbacked
+        assert process.read(addr, HPAGE) == block_bytes()
 
 
 @pytest.mark.parametrize("poisoned", [False, True])

@@ -32,7 +32,7 @@ ALIAS = BASE + (1 << 30)
 
 def in_model(layout: Layout, **options: Any) -> Outcome:
     """What the model makes of a layout. options: of `Machine`, as the kernel version."""
-    machine = Machine("1G", swap="64M", **options)
+    machine = Machine("1G", swap="64M", swap_synchronous_io=True, **options)
     outcome = observe(_Model(machine, layout))
     machine.audit()
     return outcome
@@ -122,6 +122,9 @@ class _Model:
 
     def _unprotect(self, who: Process, stroke: Stroke) -> None:
         who.mprotect(*self._range(stroke), PROT_READ | PROT_WRITE)
+
+    def _populate(self, who: Process, stroke: Stroke) -> None:
+        who.madvise(*self._range(stroke), Advice.MADV_POPULATE_WRITE)
 
     def _mlock(self, who: Process, stroke: Stroke) -> None:
         who.mlock(*self._range(stroke))
