@@ -1,7 +1,7 @@
 """Random layouts, the same ones for the same seed.
 
-Each begins with a way to fill its blocks, most often one that a collapse takes, and gets a few
-strokes that stand in its way, or nearly so.
+Each begins with a way to fill its blocks, most often one that a collapse takes, in every second
+with huge pages already, and gets a few strokes that stand in its way, or nearly so.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ __all__ = ["layout"]
 EDGES = (0, 1, 63, 64, 65, 127, 255, 256, 257, 447, 510, 511)
 LIMITS = (0, 1, 64, 255, 256, 510, 511)
 MAX_PINS = 4
+CHILD = [
+    "child.write", "child.write", "child.read", "child.read", "child.dontneed", "child.dontneed",
+    "child.free", "child.pageout", "child.pin", "child.collapse", "child.munmap", "child.munmap",
+]  # fmt: skip
+AT_ONCE = ("child.collapse", "child.munmap")
 
 
 def layout(seed: int, number: int, memory: str = "", via: str = "") -> Layout:
@@ -48,6 +53,8 @@ class _Artist:
         if self.via == "khugepaged" or draw.random() < 0.25:
             self._early_huge()
         self._fill()
+        if draw.random() < 0.35:
+            self._earlier()
         for _ in range(draw.choice([0, 1, 1, 2, 2, 3, 5])):
             self._disturb()
         if self.via == "khugepaged" and draw.random() < 0.95:
@@ -74,7 +81,7 @@ class _Artist:
 
     def _early_huge(self) -> None:
         """Anonymous memory that is advised before it is touched gets huge pages by the faults."""
-        if self.memory == "anon" and self.draw.random() < 0.35:
+        if self.memory == "anon" and self.draw.random() < 0.5:
             self.strokes.append(Stroke("hugepage", self.low, self.high - self.low))
 
     def _fill(self) -> None:
@@ -96,7 +103,7 @@ class _Artist:
         kinds: list[Callable[[], None]] = [
             self._touch, self._touch, self._drop, self._drop, self._swap, self._swap, self._pin,
             self._protect, self._lock, self._share, self._share, self._move, self._refuse,
-            self._watch, self._earlier, self._unmap,
+            self._watch, self._earlier, self._unmap, self._populate,
         ]  # fmt: skip
         if self.memory in WITH_FILE:
             kinds += [self._work_on_file] * 5
@@ -107,6 +114,10 @@ class _Artist:
         if self.armed or (name == "write" and self.readonly) or self.gone:
             return
         self._add(name, *self._run(), self._step())
+
+    def _populate(self) -> None:
+        if not self.guarded and not self.armed:
+            self._add("populate", *self._run())
 
     def _drop(self) -> None:
         """Parts, halves, or the whole."""
@@ -150,12 +161,12 @@ class _Artist:
         self.children += 1
         self._add("fork")
         for _ in range(self.draw.randint(0, 2)):
-            name = self.draw.choice(["child.write", "child.read", "child.dontneed", "child.munmap"])
+            name = self.draw.choice(CHILD)
             if self.gone or (name == "child.write" and self.readonly):
                 continue
-            if name == "child.read" and self.armed:
+            if name in ("child.read", "child.pin") and self.armed:
                 continue
-            self._add(name, *self._run(), 1 if name == "child.munmap" else self._step())
+            self._add(name, *self._run(), 1 if name in AT_ONCE else self._step())
             if name == "child.munmap":
                 break
         if not self.readonly and not self.armed and self.draw.random() < 0.5:
@@ -182,8 +193,6 @@ class _Artist:
         whole = self.draw.random() < 0.6
         where = (self.low, self.high - self.low) if whole else self._run()
         name = self.draw.choice(["arm", "uffd-wp", "uffd-poison"])
-        if self.memory == "private":
-            return
         if name == "uffd-poison":
             if whole:  # so that the markers lie inside a VMA that has whole blocks
                 self._add("arm", *where)
@@ -210,7 +219,8 @@ class _Artist:
         name = self.draw.choice(["pwrite", "fallocate", "punch", "punch", "truncate", "alias"])
         whole = self.blocks * NR
         if name == "alias":
-            self._add(name, self.draw.choice([0, 1, NR - 1]))
+            who = "child." if self.children and self.draw.random() < 0.5 else ""
+            self._add(who + name, self.draw.choice([0, 1, NR - 1]))
             return
         if name == "truncate":
             self._add(name, self.draw.choice([0, 1, 300, NR, whole]))

@@ -43,7 +43,7 @@ PROT_READ, PROT_WRITE = 1, 2
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_FIXED_NOREPLACE = 1, 2, 0x10, 0x20, 0x100000
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 KEEP_SIZE, PUNCH_HOLE = 1, 2
-DONTNEED, FREE, HUGEPAGE, NOHUGEPAGE, PAGEOUT, COLLAPSE = 4, 8, 14, 15, 21, 25
+DONTNEED, FREE, HUGEPAGE, NOHUGEPAGE, PAGEOUT, POPULATE, COLLAPSE = 4, 8, 14, 15, 21, 23, 25
 UFFDIO_API, UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
 UFFDIO_WRITEPROTECT, UFFDIO_POISON = 0xC018AA06, 0xC020AA08
 UFFD_API, UFFD_MISSING, UFFD_WP = 0xAA, 1, 2
@@ -273,6 +273,9 @@ class _Kernel:
 
     def _collapse(self, stroke: Stroke, who: str) -> None:  # noqa: ARG002
         self._advise(stroke._replace(step=1), COLLAPSE)
+
+    def _populate(self, stroke: Stroke, who: str) -> None:  # noqa: ARG002
+        self._advise(stroke._replace(step=1), POPULATE)
 
     def _mprotect(self, stroke: Stroke, prot: int) -> None:
         self._each(stroke._replace(step=1), lambda addr, nr: libc.mprotect(addr, nr, prot))

@@ -57,11 +57,16 @@ STROKES = {
     "munlock": "range",
     "munmap": "range",
     "move": "move",  # mremap, over what is mapped there
+    "populate": "range",  # MADV_POPULATE_WRITE
     "pin": "range",  # vmsplice into a pipe that nobody reads
     "fork": "",  # the children stay; child.* is done by the last
     "child.write": "range",
     "child.read": "range",
     "child.dontneed": "range",
+    "child.free": "range",
+    "child.pageout": "range",
+    "child.pin": "range",
+    "child.collapse": "range",
     "child.munmap": "range",
     "arm": "range",  # UFFDIO_REGISTER for missing pages
     "uffd-wp": "range",  # UFFDIO_REGISTER for writes, and UFFDIO_WRITEPROTECT
@@ -71,8 +76,9 @@ STROKES = {
     "punch": "range",  # fallocate(FALLOC_FL_PUNCH_HOLE)
     "truncate": "size",  # ftruncate
     "alias": "size",  # the file mapped shared once more, from this page on, and what is cached read
+    "child.alias": "size",
 }
-FILE_STROKES = frozenset({"pwrite", "fallocate", "punch", "truncate", "alias"})
+FILE_STROKES = frozenset({"pwrite", "fallocate", "punch", "truncate", "alias", "child.alias"})
 
 
 class Stroke(NamedTuple):
