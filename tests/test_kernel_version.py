@@ -870,6 +870,21 @@ def test_a_fault_in_shmem_that_no_pmd_could_answer(
     assert present(process, addr) == 1
 
 
+@pytest.mark.parametrize("kernel", [REF, V6_18], ids=["REF", "6.18"])
+def test_all_of_an_access_is_mapped_where_a_huge_page_comes_that_does_not_fit(
+    make_machine: MakeMachine, kernel: KernelVersion
+) -> None:
+    """Its first page within the fault that brings it, the others by faults of their own."""
+    machine = make_machine(kernel=kernel, swap="16M")
+    block = shmem_block(machine)
+    assert madv_collapse(block.process, block.addr) is None
+    block.process.madvise(block.addr, HPAGE, Advice.MADV_PAGEOUT)
+    part = block.process.mmap(2 * PAGE, file=block.file, offset=242 * PAGE, shared=True)
+    assert block.process.read(part, 2 * PAGE) == block_bytes(242, 2)
+    assert block.process.pfn(part) is not None
+    assert block.process.pfn(part + PAGE) is not None
+
+
 @by("lru_batch_of_31")
 def test_new_pages_reach_the_lru_list_by_batches(
     make_machine: MakeMachine, kernel: KernelVersion, new: bool

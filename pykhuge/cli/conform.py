@@ -22,6 +22,7 @@ from pykhuge.tools.conform import (
     draw,
     host_version,
     parse,
+    running_kernel,
 )
 
 __all__ = ["add_parser"]
@@ -89,12 +90,13 @@ def run(options: argparse.Namespace) -> int:
     if options.layout is not None:
         nr, layouts = 1, [_layout(options.layout)]
     try:
-        reports = conform(layouts, version, most=nr, allow_sysfs=options.allow_sysfs)
-        if not options.json:
-            reports = import_rich("pykhuge.cli.conform_table", "the bar", "--json").watched(
-                reports, nr
-            )
-        report = deque(reports, 1).pop()
+        with running_kernel(allow_sysfs=options.allow_sysfs) as host:
+            reports = conform(layouts, host, version, most=nr)
+            if not options.json:
+                reports = import_rich("pykhuge.cli.conform_table", "the bar", "--json").watched(
+                    reports, nr
+                )
+            report = deque(reports, 1).pop()
     except Lacking as error:
         raise CommandError(str(error)) from error
     if not report.layouts:

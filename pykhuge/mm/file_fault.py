@@ -114,7 +114,7 @@ def do_set_pmd(mem: Memory, vma: Vma, haddr: int, head: int, *, write: bool) -> 
 def map_huge_file_page(mem: Memory, vma: Vma, addr: int, write: bool) -> bool:
     """Answer a fault at `addr`, where the PMD is none, by the huge page cached there, or a new one.
 
-    False: there is none, or it must be mapped by PTEs. Raises: PageLocked, BusError, UserFault.
+    False: go on with PTEs; a new one that does not fit is mapped by them. Raises: PageLocked, BusError, UserFault.
     """
     assert vma.vm_file is not None
     mapping, index = vma.vm_file.f_mapping, vma.linear_page_index(addr)
@@ -136,14 +136,14 @@ def map_huge_file_page(mem: Memory, vma: Vma, addr: int, write: bool) -> bool:
         mem.pages.refcount[head] += 1
         if write:
             set_page_dirty(mem, np.array([head]))
-    elif comes:
-        # Fault-around came before it and found nothing.
+        mem.vmstat.count(PGFAULT)
+        return True
+    if comes:
+        # It is mapped within this fault: fault-around came before it, and found nothing.
         ptes = mem.ram.words[pte_table(mem, vma.mm, addr)]
         _finish_fault(mem, vma, addr, ptes, np.array([file_page(mem, head, index)]), write=write)
-    else:
-        return False
-    mem.vmstat.count(PGFAULT)
-    return True
+        mem.vmstat.count(PGFAULT)
+    return False
 
 
 def _comes_huge(mem: Memory, vma: Vma, inode: ShmemInode, index: int) -> bool:

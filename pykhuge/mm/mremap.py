@@ -119,28 +119,29 @@ def _move_page_tables(mem: Memory, old: Vma, new: Vma) -> None:
         )
         pmd = pmd_of(mem, mm, addr)
         if pmd:
+            pmd_table(mem, mm, addr + offset)
             whole = stop - addr == HPAGE_PMD_SIZE and not pmd_of(mem, mm, addr + offset)
             if whole and (pmd_trans_huge(pmd) or not lifts_wp):
                 _move_pmd(mem, old, addr, addr + offset, pmd & keep)
             else:
                 if pmd_trans_huge(pmd):
                     split_huge_pmd(mem, old, addr)
-                    if not pmd_of(mem, mm, addr):
-                        addr = stop  # a file's: to be found again by a fault
-                        continue
-                source = ptes_of(mem, mm, addr, stop)
-                if source.any():
-                    table, first = pte_table(mem, mm, addr + offset), pte_index(addr + offset)
-                    mem.ram.words[table, first : first + len(source)] = (
-                        uffd_wp_lifted(source) if lifts_wp else source
-                    )
-                    source[:] = 0
+                if pmd_of(mem, mm, addr):  # a file's is gone: to be found again by a fault
+                    _move_ptes(mem, mm, addr, stop, offset, lifts_wp=lifts_wp)
         addr = stop
+
+
+def _move_ptes(mem: Memory, mm: Mm, start: int, stop: int, offset: int, *, lifts_wp: bool) -> None:
+    """The new place gets a table even if there is nothing to move."""
+    table, first = pte_table(mem, mm, start + offset), pte_index(start + offset)
+    source = ptes_of(mem, mm, start, stop)
+    moved = uffd_wp_lifted(source) if lifts_wp else source
+    mem.ram.words[table, first : first + len(source)] = moved
+    source[:] = 0
 
 
 def _move_pmd(mem: Memory, vma: Vma, old: int, new: int, pmd: int) -> None:
     mm = vma.mm
-    pmd_table(mem, mm, new)
     set_pmd(mem, mm, old, 0)
     set_pmd(mem, mm, new, pmd)
     if pmd_trans_huge(pmd) and vma.vm_file is None:

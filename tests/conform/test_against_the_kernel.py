@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import pytest
 from kernel_kit import lacking
@@ -13,6 +13,7 @@ from pykhuge.tools.conform import (
     CONTEXTS,
     MEMORIES,
     STROKES,
+    Host,
     Lacking,
     Layout,
     Report,
@@ -20,6 +21,7 @@ from pykhuge.tools.conform import (
     draw,
     host_version,
     parse,
+    running_kernel,
 )
 
 # For every scan result that a layout can bring about one that does, seldom as it may be drawn.
@@ -67,20 +69,30 @@ WITNESSES = {
 }
 
 
-def compared(layouts: Iterable[Layout], most: int, version: KernelVersion | None = None) -> Report:
-    """The report of a run."""
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
+    """The running kernel, made ready once for all layouts."""
     try:
-        return deque(
-            conform(layouts, version or host_version(), most=most, allow_sysfs=True), 1
-        ).pop()
+        with running_kernel(allow_sysfs=True) as kernel:
+            yield kernel
     except Lacking as lack:
         lacking(str(lack))
 
 
+def compared(
+    layouts: Iterable[Layout], most: int, host: Host, version: KernelVersion | None = None
+) -> Report:
+    """The report of a run; a layout that differs is shrunk if the version is the host's."""
+    shrunk = 0 if version else 3
+    return deque(
+        conform(layouts, host, version or host_version(), most=most, shrunk=shrunk), 1
+    ).pop()
+
+
 @pytest.fixture(scope="module")
-def report(request: pytest.FixtureRequest) -> Report:
+def report(request: pytest.FixtureRequest, host: Host) -> Report:
     """Of the first layouts of seed 0, as many as --layouts says."""
-    return compared(draw(0), request.config.getoption("--layouts"))
+    return compared(draw(0), request.config.getoption("--layouts"), host)
 
 
 def test_the_model_does_what_the_kernel_does(report: Report) -> None:
@@ -100,9 +112,9 @@ def test_all_memory_all_strokes_and_both_contexts_are_drawn(report: Report) -> N
 
 
 @pytest.mark.parametrize("result", RESULTS)
-def test_each_result_that_can_be_had_is_had_by_both(result: str) -> None:
+def test_each_result_that_can_be_had_is_had_by_both(host: Host, result: str) -> None:
     """Both come to it, and to all else alike."""
-    report = compared([parse(RESULTS[result])], 1)
+    report = compared([parse(RESULTS[result])], 1, host)
     assert not report.mismatches
     assert result in report.results
 
@@ -114,8 +126,8 @@ def test_every_difference_of_versions_has_a_witness_or_says_why_not() -> None:
 
 
 @pytest.mark.parametrize("switch", WITNESSES)
-def test_a_difference_on_the_wrong_side_is_noticed(switch: str) -> None:
+def test_a_difference_on_the_wrong_side_is_noticed(host: Host, switch: str) -> None:
     """The check of the check."""
     layout = parse(WITNESSES[switch])
-    assert not compared([layout], 1).mismatches
-    assert compared([layout], 1, host_version().flipped(switch)).mismatches
+    assert not compared([layout], 1, host).mismatches
+    assert compared([layout], 1, host, host_version().flipped(switch)).mismatches

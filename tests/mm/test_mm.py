@@ -18,6 +18,7 @@ from collapse_kit import (
     page_bytes,
     pageout,
     pfn_of,
+    ptes_of,
     rss,
 )
 
@@ -32,6 +33,7 @@ from pykhuge import (
     SegmentationFault,
 )
 from pykhuge.mm.page import PG_anon_exclusive, PG_head, PG_mlocked
+from pykhuge.mm.rmap import pmd_of
 
 RW = PROT_READ | PROT_WRITE
 
@@ -235,6 +237,15 @@ def test_mremap_moves_bytes(process: Process) -> None:
     assert process.read(new, 4 * PAGE) == block_bytes(0, 4)
     with pytest.raises(SegmentationFault):
         process.read(addr, 1)
+
+
+def test_mremap_makes_a_table_for_what_has_one_even_if_it_is_empty(process: Process) -> None:
+    """So that a collapse finds a table without entries, not an empty PMD."""
+    addr = advised(process, 3 * HPAGE)
+    fill(process, addr + HPAGE, [0])
+    process.mremap(addr + HPAGE + 55 * PAGE, NR * PAGE, addr)
+    assert pmd_of(process.mem, process.mm, addr)
+    assert not ptes_of(process, addr).any()
 
 
 def test_mremap_of_aligned_blocks_moves_huge_pages(machine: Machine, process: Process) -> None:

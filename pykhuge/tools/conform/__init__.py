@@ -29,6 +29,7 @@ __all__ = [
     "NOT_REACHABLE",
     "STROKES",
     "Comparison",
+    "Host",
     "Lacking",
     "Layout",
     "Report",
@@ -36,6 +37,7 @@ __all__ = [
     "draw",
     "host_version",
     "parse",
+    "running_kernel",
 ]
 
 # What no layout can bring about, and why.
@@ -113,13 +115,23 @@ def draw(seed: int) -> Iterator[Layout]:
     return (draw_layout(seed, number) for number in itertools.count())
 
 
+@contextlib.contextmanager
+def running_kernel(*, allow_sysfs: bool) -> Iterator[Host]:
+    """The kernel made ready to build layouts in.
+
+    allow_sysfs: knobs may be turned; they are put back whatever happens.
+    Raises: Lacking.
+    """
+    with (
+        prepared(allow_sysfs=allow_sysfs) as trace,
+        contextlib.closing(Host(trace)) as host,
+        _not_for_khugepaged(),
+    ):
+        yield host
+
+
 def conform(
-    layouts: Iterable[Layout],
-    version: KernelVersion,
-    *,
-    most: int,
-    allow_sysfs: bool,
-    shrunk: int = 3,
+    layouts: Iterable[Layout], host: Host, version: KernelVersion, *, most: int, shrunk: int = 3
 ) -> Iterator[Report]:
     """Compare the layouts one by one; yields the same report after each, and at the end.
 
@@ -128,22 +140,15 @@ def conform(
     Args:
         version: what the model runs as.
         most: how many are compared.
-        allow_sysfs: knobs may be turned; they are put back whatever happens.
         shrunk: how many of the mismatches are shrunk to smallest layouts.
-    Raises: Lacking.
     """
     report = Report(platform.release(), version)
-    with (
-        prepared(allow_sysfs=allow_sysfs) as trace,
-        contextlib.closing(Host(trace)) as host,
-        _not_for_khugepaged(),
-    ):
-        for comparison in itertools.islice(compare(layouts, host, version), most):
-            report.add(comparison)
-            yield report
-        for mismatch in report.mismatches[:shrunk]:
-            report.smallest.append(_shrink(mismatch, host, version))
+    for comparison in itertools.islice(compare(layouts, host, version), most):
+        report.add(comparison)
         yield report
+    for mismatch in report.mismatches[:shrunk]:
+        report.smallest.append(_shrink(mismatch, host, version))
+    yield report
 
 
 @contextlib.contextmanager
