@@ -114,7 +114,8 @@ def do_set_pmd(mem: Memory, vma: Vma, haddr: int, head: int, *, write: bool) -> 
 def map_huge_file_page(mem: Memory, vma: Vma, addr: int, write: bool) -> bool:
     """Answer a fault at `addr`, where the PMD is none, by the huge page cached there, or a new one.
 
-    False: go on with PTEs; a new one that does not fit is mapped by them. Raises: PageLocked, BusError, UserFault.
+    False: go on with PTEs, by which a new one that does not fit is mapped already.
+    Raises: PageLocked, BusError, UserFault.
     """
     assert vma.vm_file is not None
     mapping, index = vma.vm_file.f_mapping, vma.linear_page_index(addr)
