@@ -55,6 +55,8 @@ from pykhuge.mm.mm import (
 )
 from pykhuge.mm.mm_slot import khugepaged_enter_vma
 from pykhuge.mm.mm_types import (
+    MMF_DISABLE_THP,
+    MMF_DISABLE_THP_EXCEPT_ADVISED,
     VM_DONTCOPY,
     VM_EXEC,
     VM_HUGEPAGE,
@@ -118,6 +120,10 @@ class Advice(enum.IntEnum):
     MADV_SOFT_OFFLINE = 101
 
 
+_THP_DISABLE = {
+    "completely": MMF_DISABLE_THP,
+    "except_advised": MMF_DISABLE_THP_EXCEPT_ADVISED,
+}
 # Advice that only changes vm_flags: bits set, bits cleared.
 _FLAGS = {
     Advice.MADV_DONTFORK: (VM_DONTCOPY, 0),
@@ -236,6 +242,24 @@ class Process(UserAccess, FileCalls):
         if policy not in ("early", "late", "default"):
             raise ValueError(f"mce_kill={policy!r}: allowed early, late, default")
         self.mm.mce_kill = policy
+
+    @property
+    def thp_disable(self) -> str:
+        """prctl(PR_SET_THP_DISABLE): "no", "completely", or, since Linux 6.18, "except_advised".
+
+        The last leaves what MADV_HUGEPAGE or MADV_COLLAPSE asks for. Children inherit it.
+        """
+        return next((word for word, bit in _THP_DISABLE.items() if self.mm.flags & bit), "no")
+
+    @thp_disable.setter
+    def thp_disable(self, how: str) -> None:
+        self.check_alive()
+        spares = self.mem.version.thp_disable_except_advised
+        allowed = ("no", "completely", "except_advised") if spares else ("no", "completely")
+        if how not in allowed:
+            raise ValueError(f"thp_disable={how!r}: allowed {', '.join(allowed)}")
+        self.mm.flags &= ~sum(_THP_DISABLE.values())
+        self.mm.flags |= _THP_DISABLE.get(how, 0)
 
     @property
     def node(self) -> int:

@@ -21,6 +21,7 @@ from pykhuge.mm.mmzone import ThpSettings
 __all__ = ["Sysfs"]
 
 ULONG_MAX = (1 << 64) - 1
+SIZE = "hugepages-2048kB"  # of all sizes the one that there is
 
 
 class _File(NamedTuple):
@@ -45,6 +46,11 @@ class Sysfs(Mapping[str, str]):
             "hpage_pmd_size": _File(lambda: f"{HPAGE_PMD_SIZE}\n", None),
             "khugepaged/defrag": _flag(settings, "defrag"),
         }
+        if thp.version.per_size_enabled:
+            self._files[f"{SIZE}/enabled"] = _choice(thp, "size_enabled", thp.SIZE_ENABLED)
+        if thp.version.per_size_shmem_enabled:
+            choices = thp.SIZE_SHMEM_ENABLED
+            self._files[f"{SIZE}/shmem_enabled"] = _choice(thp, "size_shmem_enabled", choices)
         for name in KNOBS:
             self._files.setdefault(f"khugepaged/{name}", _number(settings, name))
         for name in ("pages_collapsed", "full_scans"):
@@ -101,7 +107,10 @@ def _choice(
         word = parse(text)
         if word not in choices:
             raise os_error(errno.EINVAL, f"{name}={text!r}: allowed {', '.join(choices)}")
-        setattr(owner, name, word)
+        try:
+            setattr(owner, name, word)
+        except ValueError as error:
+            raise os_error(errno.EINVAL, str(error)) from error
 
     return _File(show, store)
 

@@ -885,6 +885,147 @@ def test_all_of_an_access_is_mapped_where_a_huge_page_comes_that_does_not_fit(
     assert block.process.pfn(part + PAGE) is not None
 
 
+# --- knobs
+
+
+SIZES = "hugepages-2048kB/"
+
+
+@pytest.mark.parametrize("name", ["enabled", "shmem_enabled"])
+@by("per_size_enabled")
+def test_the_folder_of_the_size(kernel: KernelVersion, new: bool, name: str) -> None:
+    """It holds `inherit` at first, and the same words as on a host; REF has none."""
+    machine = Machine("1G", kernel=replace(kernel, per_size_shmem_enabled=new))
+    if not new:
+        assert refused(lambda: machine.sysfs[SIZES + name]) == errno.ENOENT
+        return
+    assert "[inherit]" in machine.sysfs[SIZES + name]
+    machine.sysfs[SIZES + name] = "never\n"
+    assert machine.sysfs[SIZES + name].endswith("[never]\n")
+    assert refused(lambda: machine.sysfs.__setitem__(SIZES + name, "deny")) == errno.EINVAL
+
+
+@pytest.mark.parametrize("name", ["size_enabled", "size_shmem_enabled"])
+def test_ref_has_no_knobs_of_a_size(name: str) -> None:
+    """Not as attributes either."""
+    machine = Machine("1G")
+    with pytest.raises(ValueError, match=f"{name}='never': allowed inherit"):
+        setattr(machine.thp, name, "never")
+
+
+@pytest.mark.parametrize(
+    ("enabled", "size", "advice", "huge"),
+    [
+        ("never", "always", False, True),
+        ("never", "madvise", False, False),
+        ("never", "madvise", True, True),
+        ("always", "never", True, False),
+        ("always", "inherit", False, True),
+        ("madvise", "inherit", False, False),
+    ],
+)
+def test_the_knob_of_the_size_decides_for_anonymous_memory(
+    make_machine: MakeMachine, enabled: str, size: str, advice: bool, huge: bool
+) -> None:
+    """Of faults and of khugepaged; `enabled` is asked by `inherit` alone."""
+    machine = make_machine(kernel=V6_18)
+    machine.thp.enabled, machine.thp.size_enabled = enabled, size
+    process = machine.process()
+    addr = process.mmap(HPAGE)
+    if advice:
+        process.madvise(addr, HPAGE, Advice.MADV_HUGEPAGE)
+    process.write(addr, block_bytes())
+    assert process.is_huge(addr) is huge
+    machine.khugepaged.run(until=30)
+    assert process.is_huge(addr) is huge
+    assert madv_collapse(process, addr) is None
+
+
+@pytest.mark.parametrize(
+    ("top", "size", "forced", "huge"),
+    [
+        ("never", "always", False, True),
+        ("never", "advise", False, True),
+        ("advise", "never", False, False),
+        ("advise", "never", True, False),
+        ("never", "inherit", True, True),
+        ("never", "inherit", False, False),
+        ("deny", "always", True, False),
+        ("force", "inherit", False, True),
+        ("force", "always", False, False),
+    ],
+)
+def test_the_knob_of_the_size_decides_for_anonymous_shmem(
+    make_machine: MakeMachine, top: str, size: str, forced: bool, huge: bool
+) -> None:
+    """For MADV_COLLAPSE, too; files of a mounted tmpfs go by their mount."""
+    machine = make_machine(kernel=V6_18)
+    machine.thp.shmem_enabled, machine.thp.size_shmem_enabled = top, size
+    process = machine.process()
+    addr = process.mmap(HPAGE, shared=True)
+    process.madvise(addr, HPAGE, Advice.MADV_HUGEPAGE)
+    process.write(addr, b"x")
+    if forced:
+        assert (madv_collapse(process, addr) is None) is huge
+    assert process.is_huge(addr) is huge
+
+
+def test_force_wants_the_size_to_inherit(make_machine: MakeMachine) -> None:
+    """EINVAL, and nothing has changed; the other way round it can be."""
+    machine = make_machine(kernel=V6_18)
+    machine.sysfs[SIZES + "shmem_enabled"] = "never"
+    assert refused(lambda: machine.sysfs.__setitem__("shmem_enabled", "force")) == errno.EINVAL
+    assert machine.thp.shmem_enabled == "never"
+    machine.sysfs[SIZES + "shmem_enabled"] = "inherit"
+    machine.sysfs["shmem_enabled"] = "force"
+    machine.sysfs[SIZES + "shmem_enabled"] = "never"
+
+
+@by("khugepaged_runs_for_shmem")
+def test_the_daemon_for_shmem_alone(
+    make_machine: MakeMachine, kernel: KernelVersion, new: bool
+) -> None:
+    """`enabled` never stops it in REF, whatever shmem may have."""
+    machine = make_machine(kernel=kernel)
+    block = shmem_block(machine)
+    machine.thp.enabled, machine.thp.shmem_enabled = "never", "advise"
+    for _ in range(2):
+        block.process.madvise(block.addr, HPAGE, Advice.MADV_HUGEPAGE)
+    machine.khugepaged.run(until=60)
+    assert cache_is_huge(block.file) is new
+    machine.thp.shmem_enabled = "never"
+    assert not machine.thp.pmd_enabled()
+
+
+@by("thp_disable_except_advised")
+def test_a_process_that_wants_huge_pages_where_advised_alone(
+    make_machine: MakeMachine, kernel: KernelVersion, new: bool
+) -> None:
+    """PR_THP_DISABLE_EXCEPT_ADVISED, which children inherit; REF does not know it."""
+    machine = make_machine(kernel=kernel)
+    machine.thp.enabled = "always"
+    process = machine.process()
+    if not new:
+        with pytest.raises(ValueError, match="thp_disable='except_advised': allowed no, complete"):
+            process.thp_disable = "except_advised"
+        return
+    process.thp_disable = "except_advised"
+    child = process.fork()
+    assert child.thp_disable == "except_advised"
+    plain, asked = child.mmap(HPAGE), advised(child)
+    for addr in (plain, asked):
+        child.write(addr, block_bytes())
+    assert [child.is_huge(addr) for addr in (plain, asked)] == [False, True]
+    assert madv_collapse(child, plain) is None
+    child.thp_disable = "completely"
+    other = advised(child)
+    child.write(other, block_bytes())
+    assert not child.is_huge(other)
+    assert madv_collapse(child, other) is S.SCAN_VMA_CHECK
+    child.thp_disable = "no"
+    assert madv_collapse(child, other) is None
+
+
 @by("lru_batch_of_31")
 def test_new_pages_reach_the_lru_list_by_batches(
     make_machine: MakeMachine, kernel: KernelVersion, new: bool

@@ -61,6 +61,10 @@ class KernelVersion:
         "files need not be mapped with VM_EXEC",
         unseen="files on disks need CONFIG_READ_ONLY_THP_FOR_FS",
     )
+    per_size_enabled: bool = _since(
+        "6.8",
+        "hugepages-2048kB/enabled decides for anonymous memory; `inherit` there asks `enabled`",
+    )
     large_folios: bool = _since(
         "by 6.13",
         "a subpage counts as shared if any part of its compound page is mapped by another mm; the"
@@ -86,6 +90,11 @@ class KernelVersion:
         "whether shmem_enabled=advise lets a mapping have huge pages is asked of the advice it had"
         " before: the first MADV_HUGEPAGE does not make the process known to khugepaged",
     )
+    per_size_shmem_enabled: bool = _since(
+        "6.11",
+        "hugepages-2048kB/shmem_enabled decides for anonymous shmem; `inherit` there asks"
+        " `shmem_enabled`",
+    )
     shmem_allocates_what_fits: bool = _since(
         "6.11", "a fault in shmem gets a huge page only if the mapping could have it by a PMD"
     )
@@ -99,6 +108,9 @@ class KernelVersion:
     )
     split_maps_zero_page: bool = _since(
         "6.12", "splitting an anonymous huge page maps the zero page for subpages that are zero"
+    )
+    khugepaged_runs_for_shmem: bool = _since(
+        "6.12", "khugepaged runs also if shmem alone may have huge pages"
     )
     set_pmd_heeds_nohugepage: bool = _since(
         "6.12 (2b0f922323cc)",
@@ -126,6 +138,9 @@ class KernelVersion:
         "6.18",
         "fault-around maps all of a cached compound page that its window has a part of, where that"
         " fits",
+    )
+    thp_disable_except_advised: bool = _since(
+        "6.18", "PR_SET_THP_DISABLE can spare what MADV_HUGEPAGE or MADV_COLLAPSE asks for"
     )
     no_scan_page_ro: bool = _since(
         "6.18",

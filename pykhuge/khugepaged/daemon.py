@@ -23,7 +23,7 @@ from pykhuge.khugepaged.retract import khugepaged_collapse_pte_mapped_thps
 from pykhuge.khugepaged.revalidate import hpage_collapse_test_exit_or_disable
 from pykhuge.khugepaged.scan import khugepaged_scan_vma_block
 from pykhuge.khugepaged.scan_result import ScanResult
-from pykhuge.mm.huge_memory import hugepage_flags_enabled, hugepage_vma_check
+from pykhuge.mm.huge_memory import hugepage_vma_check
 from pykhuge.mm.mm_slot import free_mm_slot
 from pykhuge.mm.mm_types import MmSlot
 from pykhuge.mm.mmzone import Memory
@@ -57,7 +57,7 @@ class Khugepaged:
         self.settings = settings
         self.task: Task[Any] = Task(mem.sched, "khugepaged", mem.next_pid())
         self.on_wakeup: Callable[[], None] | None = None
-        self._runs = hugepage_flags_enabled(mem)
+        self._runs = mem.thp.pmd_enabled()
         self._scan: _Scan | None = None
         self._turn: Task[Any] | None = None  # who is in the middle of a turn
         self._sleeps_after_scan = False
@@ -126,7 +126,7 @@ class Khugepaged:
 
     def has_work(self) -> bool:
         """khugepaged_has_work(): somebody is registered, and `enabled` is not never."""
-        return bool(self.mem.khugepaged_scan.mm_head) and hugepage_flags_enabled(self.mem)
+        return bool(self.mem.khugepaged_scan.mm_head) and self.mem.thp.pmd_enabled()
 
     def _do_scan(self) -> Steps[float]:
         """One scan, or the rest of one. Returns: how long to sleep, in milliseconds."""

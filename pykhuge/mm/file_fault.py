@@ -96,7 +96,7 @@ def do_set_pmd(mem: Memory, vma: Vma, haddr: int, head: int, *, write: bool) -> 
     """
     if not transhuge_vma_suitable(vma, haddr) or pmd_of(mem, vma.mm, haddr):
         return False
-    if mem.version.set_pmd_heeds_nohugepage and vma_thp_disabled(vma, vma.vm_flags):
+    if mem.version.set_pmd_heeds_nohugepage and vma_thp_disabled(vma, vma.vm_flags, forced=True):
         return False
     if mem.pages.flags[head] & PG_has_hwpoisoned:
         return False

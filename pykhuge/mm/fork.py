@@ -18,6 +18,7 @@ from pykhuge.mm.mm import insert_vma
 from pykhuge.mm.mm_slot import khugepaged_fork
 from pykhuge.mm.mm_types import (
     MMF_DISABLE_THP,
+    MMF_DISABLE_THP_EXCEPT_ADVISED,
     MMF_HAS_PINNED,
     VM_DONTCOPY,
     VM_LOCKED,
@@ -76,7 +77,7 @@ def dup_mmap(mem: Memory, mm: Mm, child: Mm) -> Steps[None]:
     """
     yield Acquire(mm.mmap_lock, WRITE)
     try:
-        child.flags = mm.flags & MMF_DISABLE_THP
+        child.flags = mm.flags & (MMF_DISABLE_THP | MMF_DISABLE_THP_EXCEPT_ADVISED)
         child.mmap_base = mm.mmap_base
         khugepaged_fork(mem, mm, child)
         for vma in list(mm.vmas):

@@ -7,6 +7,7 @@ import numpy as np
 from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.mm.mm_types import (
     MMF_DISABLE_THP,
+    MMF_DISABLE_THP_EXCEPT_ADVISED,
     VM_EXEC,
     VM_HUGEPAGE,
     VM_HUGETLB,
@@ -72,7 +73,6 @@ __all__ = [
     "clear_huge_pmd",
     "free_page_table",
     "get_huge_zero_page",
-    "hugepage_flags_enabled",
     "hugepage_vma_check",
     "pgtable_trans_huge_deposit",
     "pgtable_trans_huge_withdraw",
@@ -102,9 +102,15 @@ def transhuge_vma_suitable(vma: Vma, addr: int) -> bool:
     return vma.vm_start <= haddr and haddr + HPAGE_PMD_SIZE <= vma.vm_end
 
 
-def vma_thp_disabled(vma: Vma, vm_flags: int) -> bool:
-    """Whether the mapping, if it has `vm_flags`, or its process wants no huge pages at all."""
-    return bool(vm_flags & VM_NOHUGEPAGE or vma.mm.flags & MMF_DISABLE_THP)
+def vma_thp_disabled(vma: Vma, vm_flags: int, *, forced: bool) -> bool:
+    """Whether the mapping, if it has `vm_flags`, or its process wants no huge pages.
+
+    forced: asked for MADV_COLLAPSE, or for a huge page that is there.
+    """
+    if vm_flags & VM_NOHUGEPAGE or vma.mm.flags & MMF_DISABLE_THP:
+        return True
+    advised = forced or vm_flags & VM_HUGEPAGE
+    return not advised and bool(vma.mm.flags & MMF_DISABLE_THP_EXCEPT_ADVISED)
 
 
 def hugepage_vma_check(
@@ -126,7 +132,7 @@ def hugepage_vma_check(
     Kernel: hugepage_vma_check (mm/huge_memory.c).
     """
     flags = vma.vm_flags if vm_flags is None else vm_flags
-    if vma_thp_disabled(vma, flags):
+    if vma_thp_disabled(vma, flags, forced=not enforce_sysfs):
         return False
     if flags & (VM_SPECIAL | VM_HUGETLB):
         return False
@@ -136,7 +142,10 @@ def hugepage_vma_check(
     if isinstance(inode, ShmemInode) and not in_pf:
         heeded = vma.vm_flags if mem.version.shmem_heeds_past_advice else flags
         return shmem_is_huge(mem, inode, vma.vm_pgoff, vma, heeded, force=not enforce_sysfs)
-    if enforce_sysfs and not _enabled_for(mem, flags):
+    enabled = mem.thp.enabled
+    if inode is None and mem.thp.size_enabled != "inherit":
+        enabled = mem.thp.size_enabled
+    if enforce_sysfs and not _enabled_for(enabled, flags):
         return False
     if inode is not None:
         exec_ok = mem.version.file_thp_without_exec or bool(flags & VM_EXEC)
@@ -163,11 +172,18 @@ def shmem_is_huge(
     if mem.thp.shmem_enabled == "deny":
         return False
     flags = vm_flags if vm_flags is not None else vma.vm_flags if vma is not None else 0
-    if vma is not None and vma_thp_disabled(vma, flags):
+    if vma is not None and vma_thp_disabled(vma, flags, forced=force):
         return False
+    anonymous, size_enabled = inode.i_sb is mem.shm_mnt, mem.thp.size_shmem_enabled
+    if vma is not None and anonymous and size_enabled != "inherit":
+        return mem.thp.shmem_enabled != "force" and _policy_gives(size_enabled, inode, index, flags)
     if force or mem.thp.shmem_enabled == "force":
         return True
-    policy = mem.thp.shm_mnt_huge if inode.i_sb is mem.shm_mnt else inode.i_sb.huge
+    policy = mem.thp.shm_mnt_huge if anonymous else inode.i_sb.huge
+    return _policy_gives(policy, inode, index, flags)
+
+
+def _policy_gives(policy: str, inode: ShmemInode, index: int, flags: int) -> bool:
     if policy == "always":
         return True
     if policy == "within_size":
@@ -179,15 +195,10 @@ def shmem_is_huge(
     return False
 
 
-def hugepage_flags_enabled(mem: Memory) -> bool:
-    """Whether `enabled` lets anybody have huge pages, and so the daemon run."""
-    return mem.thp.enabled != "never"
-
-
-def _enabled_for(mem: Memory, vm_flags: int) -> bool:
-    if mem.thp.enabled == "madvise":
+def _enabled_for(enabled: str, vm_flags: int) -> bool:
+    if enabled == "madvise":
         return bool(vm_flags & VM_HUGEPAGE)
-    return mem.thp.enabled == "always"
+    return enabled == "always"
 
 
 def alloc_page_table(mem: Memory, mm: Mm) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pykhuge.kernel.locking import WRITE
 from pykhuge.kernel.sched import Acquire, Release, Steps
-from pykhuge.mm.huge_memory import hugepage_flags_enabled, hugepage_vma_check
+from pykhuge.mm.huge_memory import hugepage_vma_check
 from pykhuge.mm.mm_types import MMF_VM_HUGEPAGE, Mm, MmSlot, Vma
 from pykhuge.mm.mmzone import Memory
 
@@ -26,7 +26,7 @@ MAX_PTE_MAPPED_THP = 8
 def khugepaged_enter_vma(mem: Memory, vma: Vma, vm_flags: int | None = None) -> None:
     """Register the mm of `vma`, unless it is, if the VMA is eligible (with `vm_flags`)."""
     registered = vma.mm.flags & MMF_VM_HUGEPAGE
-    if not registered and hugepage_flags_enabled(mem) and hugepage_vma_check(mem, vma, vm_flags):
+    if not registered and mem.thp.pmd_enabled() and hugepage_vma_check(mem, vma, vm_flags):
         _khugepaged_enter(mem, vma.mm)
 
 

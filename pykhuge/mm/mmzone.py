@@ -114,14 +114,19 @@ class ThpSettings:
     """/sys/kernel/mm/transparent_hugepage: what every fault asks.
 
     enabled: who gets huge pages, and whether the daemon runs. shmem_enabled: the same for shmem.
+    size_enabled, size_shmem_enabled: the same in hugepages-2048kB, in kernels that have the folder;
+    what they say, if not "inherit", counts instead, for shmem where it is anonymous.
     defrag: which faults may wait for a huge page to be made.
     use_zero_page: whether a read of untouched memory maps the huge zero page.
     """
 
     # Told whether anybody will have huge pages when `enabled` is written: the daemon follows.
     on_enabled: Callable[[bool], None] = field(default_factory=lambda: lambda _: None, repr=False)
+    version: KernelVersion = field(default=KernelVersion.REF, repr=False)
     enabled: str = "madvise"
     shmem_enabled: str = "never"
+    size_enabled: str = "inherit"
+    size_shmem_enabled: str = "inherit"
     defrag: str = "madvise"
     use_zero_page: bool = True
     # huge= of the kernel's own tmpfs mount: the last `shmem_enabled` that was a mount policy.
@@ -129,15 +134,20 @@ class ThpSettings:
 
     ENABLED = ("always", "madvise", "never")
     SHMEM_ENABLED = ("always", "within_size", "advise", "never", "deny", "force")
+    SIZE_ENABLED = ("always", "inherit", "madvise", "never")
+    SIZE_SHMEM_ENABLED = ("always", "inherit", "within_size", "advise", "never")
     DEFRAG = ("always", "defer", "defer+madvise", "madvise", "never")
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name == "on_enabled":
+        if name in ("on_enabled", "version"):
             object.__setattr__(self, name, value)
             return
+        sizes, shmem_sizes = self.version.per_size_enabled, self.version.per_size_shmem_enabled
         allowed: dict[str, tuple[object, ...]] = {
             "enabled": self.ENABLED,
             "shmem_enabled": self.SHMEM_ENABLED,
+            "size_enabled": self.SIZE_ENABLED if sizes else ("inherit",),
+            "size_shmem_enabled": self.SIZE_SHMEM_ENABLED if shmem_sizes else ("inherit",),
             "defrag": self.DEFRAG,
             "use_zero_page": (False, True),
             "shm_mnt_huge": self.SHMEM_ENABLED[:4],
@@ -146,11 +156,38 @@ class ThpSettings:
             raise AttributeError(f"{name}: allowed {', '.join(allowed)}")
         if value not in allowed[name]:
             raise ValueError(f"{name}={value!r}: allowed {', '.join(map(str, allowed[name]))}")
-        if name == "enabled":
-            self.on_enabled(value != "never")
+        if name == "shmem_enabled" and value == "force" and self.size_shmem_enabled != "inherit":
+            raise ValueError(
+                f"shmem_enabled='force': allowed with size_shmem_enabled='inherit', "
+                f"not {self.size_shmem_enabled!r}"
+            )
+        if name.endswith("enabled"):
+            self._tell(name, str(value))
         object.__setattr__(self, name, value)
         if name == "shmem_enabled" and value not in ("deny", "force"):
             object.__setattr__(self, "shm_mnt_huge", value)
+
+    def _tell(self, name: str, value: str) -> None:
+        """Whoever writes a knob starts and stops the daemon, if it is one that may."""
+        if "shmem" not in name or self.version.khugepaged_runs_for_shmem:
+            self.on_enabled(self.pmd_enabled(**{name: value}))
+
+    def pmd_enabled(self, **instead: str) -> bool:
+        """hugepage_pmd_enabled(): whether anybody may have huge pages, and so khugepaged runs.
+
+        instead: knobs as they are about to be.
+        """
+        knobs: dict[str, str] = {name: getattr(self, name) for name in _ENABLED} | instead
+        if knobs["enabled"] != "never" or knobs["size_enabled"] in ("always", "madvise"):
+            return True
+        if not self.version.khugepaged_runs_for_shmem or knobs["shmem_enabled"] == "deny":
+            return False
+        if knobs["size_shmem_enabled"] == "inherit":
+            return knobs["shmem_enabled"] != "never"
+        return knobs["size_shmem_enabled"] != "never"
+
+
+_ENABLED = ("enabled", "size_enabled", "shmem_enabled", "size_shmem_enabled")
 
 
 class HeldPages(Protocol):
@@ -230,7 +267,7 @@ class Memory:
         self.hwpoison = HwPoison()
         self.num_poisoned_pages = 0
         self.swap = SwapDevice(nr_swap_slots, swap_synchronous_io)
-        self.thp = ThpSettings()
+        self.thp = ThpSettings(version=version)
         self.huge_zero_pfn: int | None = None
 
         self.zero_pfn = 0

@@ -52,6 +52,11 @@ WITNESSES = {
     "child.dontneed 0+256; dontneed 3+1; hugepage 0+512",
     "shmem_heeds_past_advice": "shm via=khugepaged: write 0+512; hugepage 0+512",
     "collapse_file_addr_in_hex": "memfd: write 0+512",
+    "per_size_enabled": "anon via=khugepaged size=never: write 0+512; hugepage 0+512",
+    "per_size_shmem_enabled": "memfd size_shmem=never: write 0+512",
+    "khugepaged_runs_for_shmem": "memfd via=khugepaged enabled=never: write 0+512; "
+    "hugepage 0+512; hugepage 0+512",
+    "thp_disable_except_advised": "anon via=khugepaged: thp-disable 2; write 0+512; hugepage 0+512",
     "shmem_allocates_what_fits": "memfd head=1: hugepage 1+511; read 5+1; read 100+1",
     "finish_fault_maps_folios": "memfd: write 0+512; collapse 0+512; nohugepage 0+512; "
     "dontneed 0+512; write 5+1",

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
-from pykhuge.tools.conform.layout import NR, STROKES, WITH_FILE, Layout, Stroke
+from pykhuge.tools.conform.layout import NR, STROKES, WITH_FILE, WORDS, Layout, Stroke
 
 __all__ = ["layout"]
 
@@ -63,11 +64,6 @@ class _Artist:
             self.strokes += [advised] * (
                 1 if self.memory == "anon" else draw.choice([1, 2, 2, 2, 2])
             )
-        limits = {}
-        if self.via == "khugepaged":
-            for name in ("none", "swap", "shared"):
-                if draw.random() < 0.4:
-                    limits[name] = draw.choice(LIMITS)
         return Layout(
             self.memory,
             self.blocks,
@@ -76,8 +72,21 @@ class _Artist:
             self.offset,
             self.via,
             strokes=tuple(self.strokes),
-            **limits,
+            **self._knobs(),
         )
+
+    def _knobs(self) -> dict[str, Any]:
+        knobs: dict[str, Any] = {}
+        if self.via == "khugepaged":
+            for name in ("none", "swap", "shared"):
+                if self.draw.random() < 0.4:
+                    knobs[name] = self.draw.choice(LIMITS)
+        for name in ("enabled", "size") if self.memory == "anon" else ("shmem", "size_shmem"):
+            if self.draw.random() < 0.1:
+                knobs[name] = self.draw.choice(WORDS[name])
+        if self.draw.random() < 0.05:
+            knobs["enabled"] = "never"
+        return knobs
 
     def _early_huge(self) -> None:
         """Anonymous memory that is advised before it is touched gets huge pages by the faults."""
@@ -188,6 +197,8 @@ class _Artist:
     def _refuse(self) -> None:
         if self.draw.random() < 0.3:
             self._add("nohugepage", self.low, self.high - self.low)
+        elif self.draw.random() < 0.3:
+            self._add("thp-disable", self.draw.choice([0, 1, 2]))
 
     def _watch(self) -> None:
         whole = self.draw.random() < 0.6

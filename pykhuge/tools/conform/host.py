@@ -53,6 +53,7 @@ UFFD_FEATURES = 1 << 0 | 1 << 5 | 1 << 12 | 1 << 14
 UFFD_USER_MODE_ONLY = 1
 SYS_USERFAULTFD = 323
 PR_SET_PDEATHSIG = 1
+PR_SET_THP_DISABLE, PR_THP_DISABLE_EXCEPT_ADVISED = 41, 2
 SECONDS = 15
 TELL_AGAIN = 400  # looks of half a millisecond
 
@@ -190,6 +191,10 @@ class _Kernel:
         self.mms: dict[str, str] = {}
         for name in ("none", "swap", "shared"):
             (THP / f"khugepaged/max_ptes_{name}").write_text(str(getattr(layout, name)))
+        # From one state always: `force` needs `inherit`, and leaves the mount's policy alone.
+        _choose("hugepages-2048kB/shmem_enabled", "inherit")
+        _choose("shmem_enabled", "advise")
+        self.knobs = {knob: _choose(knob, word) for knob, word in layout.knobs().items()}
         private = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
         self._mmap(PROBE, 2 * BLOCK, private, -1, 0)
         ctypes.string_at(PROBE, 1)
@@ -276,6 +281,10 @@ class _Kernel:
 
     def _populate(self, stroke: Stroke, who: str) -> None:  # noqa: ARG002
         self._advise(stroke._replace(step=1), POPULATE)
+
+    def _thp_disable(self, stroke: Stroke, who: str) -> None:  # noqa: ARG002
+        flags = PR_THP_DISABLE_EXCEPT_ADVISED if stroke.first == 2 else 0
+        _checked(libc.prctl(PR_SET_THP_DISABLE, int(stroke.first > 0), flags, 0, 0))
 
     def _mprotect(self, stroke: Stroke, prot: int) -> None:
         self._each(stroke._replace(step=1), lambda addr, nr: libc.mprotect(addr, nr, prot))
@@ -383,6 +392,8 @@ class _Kernel:
 
         On its way to sleep it would miss that; so it is told again if nothing comes of it.
         """
+        if "never" in (self.layout.enabled, self.layout.size) and not _khugepaged_runs():
+            return 0
         before, scans = _khugepaged("pages_collapsed"), _khugepaged("full_scans")
         deadline = time.monotonic() + SECONDS / 2
         for turn in count():
@@ -478,6 +489,20 @@ def _in_child(parent: _Kernel, stroke: Stroke, name: str) -> int:
 
 def _collapse(addr: int, length: int) -> int:
     return ctypes.get_errno() if libc.madvise(addr, length, COLLAPSE) else 0
+
+
+def _choose(knob: str, word: str) -> int:
+    """Turn a knob that is not so already: khugepaged may be stopped and started by it. Errno."""
+    try:
+        if f"[{word}]" not in (THP / knob).read_text():
+            (THP / knob).write_text(word)
+    except OSError as error:
+        return error.errno or 0
+    return 0
+
+
+def _khugepaged_runs() -> bool:
+    return any(comm.read_text() == "khugepaged\n" for comm in Path("/proc").glob("[0-9]*/comm"))
 
 
 def _khugepaged(name: str) -> int:

@@ -23,6 +23,7 @@ __all__ = [
     "PAGE",
     "STROKES",
     "WITH_FILE",
+    "WORDS",
     "Layout",
     "Stroke",
     "UnfitLayout",
@@ -40,6 +41,15 @@ MEMORIES = {
 }
 WITH_FILE = ("memfd", "private")
 CONTEXTS = ("madvise", "khugepaged")
+# Words that a layout has beside its numbers, and what they may be. `enabled=always`, and shmem's
+# `always` and `within_size`, would be about more memory than the layout's.
+WORDS = {
+    "via": CONTEXTS,
+    "enabled": ("madvise", "never"),
+    "shmem": ("advise", "never", "deny", "force"),
+    "size": ("inherit", "madvise", "never"),
+    "size_shmem": ("inherit", "always", "within_size", "advise", "never"),
+}
 
 # What a stroke does to its pages, and what is written behind its name.
 STROKES = {
@@ -53,6 +63,7 @@ STROKES = {
     "collapse": "range",  # MADV_COLLAPSE
     "protect": "range",  # mprotect(PROT_READ)
     "unprotect": "range",  # mprotect(PROT_READ | PROT_WRITE)
+    "thp-disable": "size",  # PR_SET_THP_DISABLE: 0 no, 1 completely, 2 but for what is advised
     "mlock": "range",
     "munlock": "range",
     "munmap": "range",
@@ -124,6 +135,8 @@ class Layout:
     blocks: how many it spans. head, tail: pages by which it starts late and ends early.
     offset: page of the file at the first block's start, from which a file's strokes count too.
     via: who collapses it. none, swap, shared: max_ptes_*, which the daemon heeds.
+    enabled, shmem: transparent_hugepage/enabled, shmem_enabled; size, size_shmem: the same in
+    hugepages-2048kB.
     """
 
     memory: str
@@ -135,13 +148,18 @@ class Layout:
     none: int = 511
     swap: int = 64
     shared: int = 256
+    enabled: str = "madvise"
+    shmem: str = "advise"
+    size: str = "inherit"
+    size_shmem: str = "inherit"
     strokes: tuple[Stroke, ...] = ()
 
     def __post_init__(self) -> None:
         if self.memory not in MEMORIES:
             raise ValueError(f"memory {self.memory!r}: allowed {', '.join(MEMORIES)}")
-        if self.via not in CONTEXTS:
-            raise ValueError(f"via={self.via}: allowed {', '.join(CONTEXTS)}")
+        for name, words in WORDS.items():
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name}={getattr(self, name)}: allowed {', '.join(words)}")
         for name, most in LIMITS.items():
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name}={getattr(self, name)}: allowed 0..{most}")
@@ -161,8 +179,19 @@ class Layout:
             for first in {stroke.first, stroke.to} if stroke.name == "move" else {stroke.first}:
                 if not low <= first < first + stroke.nr <= high:
                     raise ValueError(f"{stroke}: allowed pages {low}..{high - 1}")
-        elif not 0 <= stroke.first <= whole:
-            raise ValueError(f"{stroke}: allowed 0..{whole}")
+        else:
+            most = 2 if stroke.name == "thp-disable" else whole
+            if not 0 <= stroke.first <= most:
+                raise ValueError(f"{stroke}: allowed 0..{most}")
+
+    def knobs(self) -> dict[str, str]:
+        """The words of transparent_hugepage, by file, in the order in which they are turned."""
+        return {
+            "enabled": self.enabled,
+            "shmem_enabled": self.shmem,
+            "hugepages-2048kB/enabled": self.size,
+            "hugepages-2048kB/shmem_enabled": self.size_shmem,
+        }
 
     @property
     def has_file(self) -> bool:
@@ -203,12 +232,13 @@ def parse(text: str) -> Layout:
     values: dict[str, int | str] = {}
     for word in words[1:]:
         name, _, value = word.partition("=")
-        if name == "via":
+        if name in WORDS:
             values[name] = value
         elif name in LIMITS and re.fullmatch("[0-9]{1,5}", value):
             values[name] = int(value)
         else:
-            raise ValueError(f"{word}: allowed via=, {'=, '.join(LIMITS)}= and a number")
+            choices, numbers = "=, ".join(WORDS), "=, ".join(LIMITS)
+            raise ValueError(f"{word}: allowed {choices}=, {numbers}= and a number")
     strokes = tuple(_parse_stroke(each.strip()) for each in tail.split(";") if each.strip())
     return Layout(words[0], strokes=strokes, **values)  # type: ignore[arg-type]
 

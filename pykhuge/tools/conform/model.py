@@ -48,12 +48,16 @@ class _Model:
         self.children: list[Process] = []
         self.file: File | None = None
         self.uffds: list[UserFaultFd] = []
-        machine.thp.enabled, machine.thp.shmem_enabled = "madvise", "advise"
+        machine.thp.shmem_enabled = "advise"
+        self.knobs = {knob: self._turn(knob, word) for knob, word in layout.knobs().items()}
         limits = machine.khugepaged_settings
         limits.max_ptes_none, limits.max_ptes_swap = layout.none, layout.swap
         limits.max_ptes_shared = layout.shared
         limits.pages_to_scan = 1 << 20
         self._map()
+
+    def _turn(self, knob: str, word: str) -> int:
+        return _errno(lambda: self.machine.sysfs.__setitem__(knob, word))
 
     def _map(self) -> None:
         layout, addr = self.layout, self._at(self.layout.head)
@@ -125,6 +129,13 @@ class _Model:
 
     def _populate(self, who: Process, stroke: Stroke) -> None:
         who.madvise(*self._range(stroke), Advice.MADV_POPULATE_WRITE)
+
+    def _thp_disable(self, who: Process, stroke: Stroke) -> None:
+        how = ("no", "completely", "except_advised")[stroke.first]
+        try:
+            who.thp_disable = how
+        except ValueError as error:
+            raise OSError(errno.EINVAL, str(error)) from error
 
     def _mlock(self, who: Process, stroke: Stroke) -> None:
         who.mlock(*self._range(stroke))

@@ -52,9 +52,13 @@ class Event(dict[str, str]):
 
 
 class Side(Protocol):
-    """Where a layout is built: the kernel, or the model. `who` is "main", "child 1", ..."""
+    """Where a layout is built: the kernel, or the model. `who` is "main", "child 1", ...
+
+    knobs: the errno of turning each.
+    """
 
     layout: Layout
+    knobs: dict[str, int]
 
     def stroke(self, stroke: Stroke) -> int:
         """Do it, and say the errno."""
@@ -105,12 +109,13 @@ def contents(pages: range, who: str) -> list[bytes]:
 class Outcome:
     """All that is compared, ready for JSON.
 
-    strokes: the errno of each. result: errno, or how many blocks the daemon says it collapsed.
+    knobs, strokes: the errno of each. result: errno, or how many blocks the daemon collapsed.
     before, after: of each process the runs of pages that are alike. sizes: of smaps.
     counters: what moved. Result and counters are None where work on others' memory is among them.
     contents: a digest of each process's memory and of the file.
     """
 
+    knobs: dict[str, int]
     strokes: list[int]
     result: int | None
     events: list[dict[str, str]]
@@ -199,6 +204,7 @@ def observe(side: Side) -> Outcome:
     if layout.has_file:
         digests["file"] = hashlib.blake2b(side.file_bytes(), digest_size=8).hexdigest()
     return Outcome(
+        side.knobs,
         strokes,
         result if alone or layout.via == "madvise" else None,
         _named_events([each for each in events if each[0]], before, after, Names(zero, before)),
