@@ -8,6 +8,13 @@ from collapse_kit import MakeMachine, advised, small_machine
 from pykhuge import Machine, Process
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The running kernel is one: what turns its knobs runs on one worker, one after the other."""
+    for item in items:
+        if item.path.parent.name in ("kernel", "conform") or item.path.name == "test_conform.py":
+            item.add_marker(pytest.mark.xdist_group("kernel"))
+
+
 @pytest.fixture
 def make_machine() -> Iterator[MakeMachine]:
     """Machines that are audited at the end, unless they have panicked."""

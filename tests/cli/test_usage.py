@@ -198,7 +198,11 @@ def test_ctrl_c_ends_it_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "large"
     with path.open("wb") as file:
         file.truncate(64 << 30)
-    script = "import sys; from pykhuge.cli import main; print('up', flush=True); sys.exit(main())"
+    script = (
+        "import signal, sys; from pykhuge.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's & ignores it
+        "print('up', flush=True); sys.exit(main())"
+    )
     command = [sys.executable, "-c", script, "collapse", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
