@@ -2,6 +2,7 @@
 
 import errno
 
+import numpy as np
 import pytest
 
 from pykhuge import Machine
@@ -147,9 +148,43 @@ def test_attributes_refuse_what_the_files_refuse(machine: Machine) -> None:
     assert dict(machine.sysfs) == SHOWN
 
 
+def test_attributes_take_integers_of_any_kind_but_no_booleans(machine: Machine) -> None:
+    """A number is kept as an int; True and False are refused, also where 0 and 1 are meant."""
+    settings = machine.khugepaged_settings
+    for name in NUMBERS:
+        attribute = name.partition("/")[2]
+        setattr(settings, attribute, np.int64(1))
+        assert type(getattr(settings, attribute)) is int
+        for truth in (True, False, np.True_):
+            with pytest.raises(ValueError, match=f"{attribute}=.*: allowed "):
+                setattr(settings, attribute, truth)
+
+
 def test_what_the_daemon_has_done_is_shown(machine: Machine) -> None:
-    """pages_collapsed and full_scans, as attributes and as files."""
-    machine.khugepaged_settings.pages_collapsed = 7
-    machine.khugepaged_settings.full_scans = 8
+    """pages_collapsed and full_scans, as attributes and as files; neither can be written."""
+    settings = machine.khugepaged_settings
+    settings.count("pages_collapsed", 7)
+    settings.count("full_scans")
+    assert (settings.pages_collapsed, settings.full_scans) == (7, 1)
     assert machine.sysfs["khugepaged/pages_collapsed"] == "7\n"
-    assert machine.sysfs["khugepaged/full_scans"] == "8\n"
+    assert machine.sysfs["khugepaged/full_scans"] == "1\n"
+    for name in ("pages_collapsed", "full_scans"):
+        with pytest.raises(AttributeError, match=f"{name}=3: read only"):
+            setattr(settings, name, 3)
+
+
+def test_who_is_told_of_a_sleep_that_is_written_cannot_be_replaced(machine: Machine) -> None:
+    """Assigning is refused; the daemon goes on hearing of it."""
+    settings = machine.khugepaged_settings
+    for name in ("sleep_written", "_sleep_written"):
+        with pytest.raises(AttributeError, match="allowed defrag, max_ptes_none"):
+            setattr(settings, name, None)
+    settings.scan_sleep_millisecs = 5
+    assert settings.scan_sleep_millisecs == 5
+
+
+def test_the_size_of_a_huge_page_is_an_attribute_too(machine: Machine) -> None:
+    """Read only, as the file is."""
+    assert machine.thp.hpage_pmd_size == 2 << 20
+    with pytest.raises(AttributeError, match="hpage_pmd_size=4096: read only"):
+        machine.thp.hpage_pmd_size = 4096  # type: ignore[misc]

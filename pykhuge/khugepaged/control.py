@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import SupportsIndex
 
 from pykhuge.hw.memory import HPAGE_PMD_NR
 
@@ -22,6 +24,9 @@ KNOBS = {
 }
 
 
+COUNTERS = ("pages_collapsed", "full_scans")
+
+
 @dataclass
 class KhugepagedSettings:
     """The daemon's knobs, and what it has done.
@@ -30,11 +35,10 @@ class KhugepagedSettings:
     max_ptes_none, _swap, _shared: its limits, inclusive, 0..511 each.
     pages_to_scan: pages of one scan. scan_sleep_millisecs: how long it sleeps after one,
     alloc_sleep_millisecs: within one, when there was no huge page to be had.
-    pages_collapsed: huge pages made. full_scans: times it went round the list. Both are u32.
+    pages_collapsed: huge pages made. full_scans: times it went round the list. Both are u32, and
+    read only: the daemon counts.
     """
 
-    # Called after one of the two sleeps was written, which ends the sleep that goes on.
-    sleep_written: Callable[[], None] = field(default_factory=lambda: lambda: None, repr=False)
     defrag: int = 1
     max_ptes_none: int = HPAGE_PMD_NR - 1
     max_ptes_swap: int = HPAGE_PMD_NR // 8
@@ -42,24 +46,39 @@ class KhugepagedSettings:
     pages_to_scan: int = 8 * HPAGE_PMD_NR
     scan_sleep_millisecs: int = 10_000
     alloc_sleep_millisecs: int = 60_000
-    pages_collapsed: int = 0
-    full_scans: int = 0
+    pages_collapsed: int = field(default=0, init=False)
+    full_scans: int = field(default=0, init=False)
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name not in KhugepagedSettings.__dataclass_fields__:
-            allowed = [each for each in KhugepagedSettings.__dataclass_fields__ if each in KNOBS]
-            raise AttributeError(f"{name}: allowed {', '.join(allowed)}")
         if name in KNOBS:
-            low, high = KNOBS[name]
-            if not isinstance(value, int) or not low <= value <= high:
-                raise ValueError(f"{name}={value!r}: allowed {low}..{high}")
-        object.__setattr__(self, name, value)
-        if name.endswith("_sleep_millisecs"):
-            self.sleep_written()
+            object.__setattr__(self, name, _checked(name, value))
+            if name.endswith("_sleep_millisecs"):
+                self._sleep_written()
+        elif name in COUNTERS:
+            raise AttributeError(f"{name}={value!r}: read only, the daemon counts")
+        else:
+            raise AttributeError(f"{name}: allowed {', '.join(KNOBS)}")
 
-    def count(self, name: str) -> None:
-        """One more in `pages_collapsed` or `full_scans`, an unsigned int of 32 bits."""
-        setattr(self, name, (getattr(self, name) + 1) & UINT_MAX)
+    def _sleep_written(self) -> None:
+        """Nobody is to be told yet."""
+
+    def when_sleep_written(self, told: Callable[[], None]) -> None:
+        """The daemon's: `told` is called when one of the two sleeps was written, to end its own."""
+        object.__setattr__(self, "_sleep_written", told)
+
+    def count(self, name: str, times: int = 1) -> None:
+        """`times` more in `pages_collapsed` or `full_scans`, an unsigned int of 32 bits."""
+        object.__setattr__(self, name, (getattr(self, name) + times) & UINT_MAX)
+
+
+def _checked(name: str, value: object) -> int:
+    """A knob's value as a plain int, whatever integer it came as; True is no number here."""
+    low, high = KNOBS[name]
+    if not isinstance(value, bool) and isinstance(value, SupportsIndex):
+        number = operator.index(value)
+        if low <= number <= high:
+            return number
+    raise ValueError(f"{name}={value!r}: allowed {low}..{high}")
 
 
 @dataclass

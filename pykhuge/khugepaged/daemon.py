@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE
@@ -33,6 +34,7 @@ __all__ = ["Khugepaged"]
 
 NSEC_PER_MSEC = 1_000_000
 NSEC_PER_SEC = 1_000_000_000
+INT_MAX = (1 << 31) - 1
 
 
 @dataclass
@@ -49,7 +51,8 @@ class Khugepaged:
     """The kernel thread khugepaged of one machine; `Machine.khugepaged`.
 
     task: in whose name it runs; a new one each time `enabled` starts it.
-    on_wakeup: called when somebody wakes it before its sleep is over (a knob, a first process).
+    on_wakeup: called when its sleep is over before its time (a knob, a first process), and when
+    `enabled` has started a new thread, which scans at once.
     """
 
     def __init__(self, mem: Memory, settings: KhugepagedSettings) -> None:
@@ -64,7 +67,7 @@ class Khugepaged:
         self._sleep_expire_ns: float = 0
         mem.thp.on_enabled = self._start_stop
         mem.khugepaged_scan.wakeup = self._wake_up
-        settings.sleep_written = self._sleep_written
+        settings.when_sleep_written(self._sleep_written)
 
     def check_alive(self) -> None:
         """Raises: KernelPanic if the host is dead."""
@@ -77,8 +80,8 @@ class Khugepaged:
 
         Returns: milliseconds it wants to sleep before the next turn: 0, `scan_sleep_millisecs`,
         `alloc_sleep_millisecs` after the first failed allocation of a scan, or infinity where only
-        a wake-up can give it work, and while `enabled` is never. Calling it again is the end of
-        that sleep. The clock moves by the trace alone.
+        a wake-up can give it work, while `enabled` is never, and for a sleep of 2^31 ms and more.
+        Calling it again is the end of that sleep. The clock moves by the trace alone.
         Raises: KernelPanic; WouldBlock if it meets what a paused task holds and it must wait for.
         Kernel: khugepaged_do_scan, khugepaged_wait_work.
         """
@@ -113,9 +116,7 @@ class Khugepaged:
                 clock.advance_to(int(self._sleep_expire_ns))
                 self.step()
             return True
-        if not isinstance(until, (int, float)) or not math.isfinite(until):
-            raise ValueError(f"until={until!r}: allowed a number of seconds, or a condition")
-        end_ns = round(until * NSEC_PER_SEC)
+        end_ns = round(_seconds(until) * NSEC_PER_SEC)
         if end_ns < clock.now_ns:
             raise ValueError(f"until={until}: allowed {clock.now_ns / NSEC_PER_SEC} s and later")
         while max(self._sleep_expire_ns, clock.now_ns) < end_ns:
@@ -151,9 +152,11 @@ class Khugepaged:
                     break
                 scan.wait = False
                 self._scan, self._sleeps_after_scan = scan, False
-                return self.settings.alloc_sleep_millisecs
+                return _msecs_to_jiffies(self.settings.alloc_sleep_millisecs)
         self._sleeps_after_scan = self.has_work()
-        return self.settings.scan_sleep_millisecs if self._sleeps_after_scan else math.inf
+        if not self._sleeps_after_scan:
+            return math.inf
+        return _msecs_to_jiffies(self.settings.scan_sleep_millisecs)
 
     def _scan_mm_slot(self, pages: int, cc: CollapseControl) -> Steps[tuple[int, ScanResult]]:
         """Visit the mm under the cursor, for `pages` pages or until a block drops mmap_lock.
@@ -230,7 +233,8 @@ class Khugepaged:
         mem, cursor = self.mem, self.mem.khugepaged_scan
         if enabled and not self._runs:
             self.task = Task(mem.sched, "khugepaged", mem.next_pid())
-            self._sleep_expire_ns = 0
+            self._runs = True
+            self._wake()  # a new thread scans before it sleeps, whatever the old one slept for
         elif enabled and cursor.mm_head:
             self._wake_up()
         elif not enabled:
@@ -255,3 +259,15 @@ class Khugepaged:
         self._sleep_expire_ns = 0
         if self.on_wakeup is not None:
             self.on_wakeup()
+
+
+def _seconds(until: object) -> float:
+    """A time to run until, also as numpy has it. Raises: ValueError for what is none."""
+    if not isinstance(until, bool) and isinstance(until, Real) and math.isfinite(until):
+        return float(until)
+    raise ValueError(f"until={until!r}: allowed a number of seconds, or a condition")
+
+
+def _msecs_to_jiffies(millisecs: int) -> float:
+    """What is negative as an int is MAX_JIFFY_OFFSET there: a sleep without end."""
+    return millisecs if millisecs <= INT_MAX else math.inf

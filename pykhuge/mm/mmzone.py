@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pykhuge._native import PteScanner
-from pykhuge.hw.memory import HPAGE_PMD_NR, PhysicalMemory, lazy_zeros
+from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PhysicalMemory, lazy_zeros
 from pykhuge.hw.poison import Mce, Poison
 from pykhuge.kernel.clock import Clock
 from pykhuge.kernel.panic import KernelPanic
-from pykhuge.kernel.sched import Sched, Task
+from pykhuge.kernel.sched import Sched, Task, WouldBlock
 from pykhuge.kernel.trace import Trace, TraceEvent
 from pykhuge.kernel.version import KernelVersion
 from pykhuge.mm.mm_types import (
@@ -118,9 +118,10 @@ class ThpSettings:
     what they say, if not "inherit", counts instead, for shmem where it is anonymous.
     defrag: which faults may wait for a huge page to be made.
     use_zero_page: whether a read of untouched memory maps the huge zero page.
+    hpage_pmd_size: bytes of a huge page; read only.
     """
 
-    # Told whether anybody will have huge pages when `enabled` is written: the daemon follows.
+    # Told whether anybody has huge pages when `enabled` was written: the daemon follows.
     on_enabled: Callable[[bool], None] = field(default_factory=lambda: lambda _: None, repr=False)
     version: KernelVersion = field(default=KernelVersion.REF, repr=False)
     enabled: str = "madvise"
@@ -138,10 +139,17 @@ class ThpSettings:
     SIZE_SHMEM_ENABLED = ("always", "inherit", "within_size", "advise", "never")
     DEFRAG = ("always", "defer", "defer+madvise", "madvise", "never")
 
+    @property
+    def hpage_pmd_size(self) -> int:
+        """The size of a huge page in bytes: 2 MiB."""
+        return HPAGE_PMD_SIZE
+
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("on_enabled", "version"):
             object.__setattr__(self, name, value)
             return
+        if name == "hpage_pmd_size":
+            raise AttributeError(f"{name}={value!r}: read only, it is {HPAGE_PMD_SIZE}")
         sizes, shmem_sizes = self.version.per_size_enabled, self.version.per_size_shmem_enabled
         allowed: dict[str, tuple[object, ...]] = {
             "enabled": self.ENABLED,
@@ -161,33 +169,33 @@ class ThpSettings:
                 f"shmem_enabled='force': allowed with size_shmem_enabled='inherit', "
                 f"not {self.size_shmem_enabled!r}"
             )
-        if name.endswith("enabled"):
-            self._tell(name, str(value))
+        before = getattr(self, name)
         object.__setattr__(self, name, value)
+        try:
+            self._tell(name)
+        except WouldBlock:
+            object.__setattr__(self, name, before)
+            raise
         if name == "shmem_enabled" and value not in ("deny", "force"):
             object.__setattr__(self, "shm_mnt_huge", value)
 
-    def _tell(self, name: str, value: str) -> None:
+    def _tell(self, name: str) -> None:
         """Whoever writes a knob starts and stops the daemon, if it is one that may."""
-        if "shmem" not in name or self.version.khugepaged_runs_for_shmem:
-            self.on_enabled(self.pmd_enabled(**{name: value}))
+        asked = name in ("enabled", "size_enabled")
+        if self.version.khugepaged_runs_for_shmem:
+            asked |= name in ("shmem_enabled", "size_shmem_enabled")
+        if asked:
+            self.on_enabled(self.pmd_enabled())
 
-    def pmd_enabled(self, **instead: str) -> bool:
-        """hugepage_pmd_enabled(): whether anybody may have huge pages, and so khugepaged runs.
-
-        instead: knobs as they are about to be.
-        """
-        knobs: dict[str, str] = {name: getattr(self, name) for name in _ENABLED} | instead
-        if knobs["enabled"] != "never" or knobs["size_enabled"] in ("always", "madvise"):
+    def pmd_enabled(self) -> bool:
+        """hugepage_pmd_enabled(): whether anybody may have huge pages, and so khugepaged runs."""
+        if self.enabled != "never" or self.size_enabled in ("always", "madvise"):
             return True
-        if not self.version.khugepaged_runs_for_shmem or knobs["shmem_enabled"] == "deny":
+        if not self.version.khugepaged_runs_for_shmem or self.shmem_enabled == "deny":
             return False
-        if knobs["size_shmem_enabled"] == "inherit":
-            return knobs["shmem_enabled"] != "never"
-        return knobs["size_shmem_enabled"] != "never"
-
-
-_ENABLED = ("enabled", "size_enabled", "shmem_enabled", "size_shmem_enabled")
+        if self.size_shmem_enabled == "inherit":
+            return self.shmem_enabled != "never"
+        return self.size_shmem_enabled != "never"
 
 
 class HeldPages(Protocol):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import pytest
 from collapse_kit import HPAGE, NR, PAGE, MakeMachine, advised, fill
 from file_kit import memfd, register, shmem_block
@@ -16,14 +17,26 @@ from pykhuge.khugepaged.scan_result import ScanResult as S
 SCAN_SLEEP, ALLOC_SLEEP = 10_000, 60_000
 
 
-def busy(machine: Machine, nr_blocks: int = 1, pages: Iterable[int] = range(NR)) -> Process:
-    """A registered process with blocks that the daemon would collapse."""
+def unregistered(machine: Machine, nr_blocks: int = 1, pages: Iterable[int] = range(NR)) -> Process:
+    """A process with blocks that the daemon would collapse if it knew of them."""
     process = machine.process("busy")
     addr = advised(process, nr_blocks * HPAGE)
     pages = list(pages)
     for number in range(nr_blocks):
         fill(process, addr + number * HPAGE, pages)
-    process.madvise(addr, nr_blocks * HPAGE, Advice.MADV_HUGEPAGE)
+    return process
+
+
+def register_blocks(process: Process) -> None:
+    """Ask for huge pages once more, now that there are small ones."""
+    vma = process.mm.vmas[0]
+    process.madvise(vma.vm_start, vma.vm_end - vma.vm_start, Advice.MADV_HUGEPAGE)
+
+
+def busy(machine: Machine, nr_blocks: int = 1, pages: Iterable[int] = range(NR)) -> Process:
+    """A registered process with blocks that the daemon would collapse."""
+    process = unregistered(machine, nr_blocks, pages)
+    register_blocks(process)
     return process
 
 
@@ -273,8 +286,8 @@ def test_pte_mapped_blocks_come_first_and_are_forgotten_whatever_becomes_of_them
 
 def test_counts_are_unsigned_and_of_32_bits(machine: Machine) -> None:
     """They wrap as the kernel's do."""
-    machine.khugepaged_settings.pages_collapsed = (1 << 32) - 1
-    machine.khugepaged_settings.full_scans = (1 << 32) - 1
+    machine.khugepaged_settings.count("pages_collapsed", (1 << 32) - 1)
+    machine.khugepaged_settings.count("full_scans", (1 << 32) - 1)
     busy(machine)
     machine.khugepaged.step()
     assert machine.khugepaged_settings.pages_collapsed == 0
@@ -287,24 +300,25 @@ def test_counts_are_unsigned_and_of_32_bits(machine: Machine) -> None:
 def test_without_anybody_to_visit_it_sleeps_until_woken(machine: Machine) -> None:
     """The first process to register wakes it; the second does not."""
     woken: list[int] = []
+    processes = [unregistered(machine) for _ in range(2)]
     machine.khugepaged.on_wakeup = lambda: woken.append(1)
     assert machine.khugepaged.step() == math.inf
     assert not machine.khugepaged.run(lambda: False)
-    busy(machine)
-    assert woken == [1]
-    busy(machine)
-    assert woken == [1]
+    for process in processes:
+        register_blocks(process)
+        assert woken == [1]
 
 
 def test_the_sleep_after_a_scan_is_ended_by_the_two_sleep_knobs_alone(machine: Machine) -> None:
     """khugepaged_sleep_expire: other knobs and other processes do not matter."""
     busy(machine)
+    other = unregistered(machine)
     machine.khugepaged.step()
     woken: list[int] = []
     machine.khugepaged.on_wakeup = lambda: woken.append(1)
     machine.khugepaged_settings.pages_to_scan = 512
     machine.thp.enabled = "always"
-    busy(machine)
+    register_blocks(other)
     assert woken == []
     machine.khugepaged_settings.alloc_sleep_millisecs = 5
     assert woken == [1]
@@ -394,9 +408,43 @@ def test_run_refuses_a_time_that_has_passed(machine: Machine) -> None:
     with pytest.raises(ValueError, match=r"until=1: allowed 2.0 s and later"):
         machine.khugepaged.run(until=1)
     assert machine.clock.now_ns == 2_000_000_000
-    for no_time in ("3", math.inf, math.nan, None):
+    for no_time in ("3", math.inf, math.nan, None, True):
         with pytest.raises(ValueError, match=rf"until={no_time!r}: allowed a number of seconds"):
             machine.khugepaged.run(no_time)  # type: ignore[arg-type]
+
+
+def test_run_takes_any_kind_of_number(machine: Machine) -> None:
+    """Those of numpy, as a plot or a table of results would hand in."""
+    machine.khugepaged.run(until=np.int64(2))  # type: ignore[arg-type]
+    machine.khugepaged.run(until=np.float32(2.5))  # type: ignore[arg-type]
+    assert machine.clock.now_ns == 2_500_000_000
+
+
+@pytest.mark.parametrize("millisecs", [(1 << 31) - 1, 1 << 31, (1 << 32) - 1])
+def test_a_sleep_that_is_negative_as_an_int_never_ends_by_itself(
+    machine: Machine, millisecs: int
+) -> None:
+    """msecs_to_jiffies gives MAX_JIFFY_OFFSET: writing a sleep wakes it, time does not."""
+    busy(machine)
+    machine.khugepaged_settings.scan_sleep_millisecs = millisecs
+    sleep = math.inf if millisecs >> 31 else millisecs
+    assert machine.khugepaged.step() == sleep
+    assert machine.khugepaged.run(lambda: False) is False if millisecs >> 31 else True
+    machine.khugepaged_settings.scan_sleep_millisecs = SCAN_SLEEP
+    assert machine.khugepaged.run(lambda: machine.khugepaged_settings.full_scans >= 2)
+
+
+def test_a_sleep_for_memory_may_never_end_by_itself_either(make_machine: MakeMachine) -> None:
+    """alloc_sleep_millisecs goes the same way; who registers wakes it."""
+    machine = make_machine("4M")
+    machine.thp.enabled = "madvise"
+    busy(machine)
+    machine.khugepaged_settings.alloc_sleep_millisecs = 1 << 31
+    assert machine.khugepaged.step() == math.inf
+    woken: list[int] = []
+    machine.khugepaged.on_wakeup = lambda: woken.append(1)
+    machine.khugepaged_settings.alloc_sleep_millisecs = 5
+    assert woken == [1]
 
 
 def test_a_daemon_that_never_sleeps_lets_time_pass(machine: Machine) -> None:
@@ -441,6 +489,26 @@ def test_never_stops_the_thread_and_another_value_starts_a_new_one(machine: Mach
         machine.khugepaged.task.pid,
         processes[0].mm.hashed_ptr,
     )
+
+
+def test_a_new_thread_is_run_at_once_by_who_hosts_the_daemon(machine: Machine) -> None:
+    """on_wakeup comes when `enabled` is on again, however long the last sleep was to be."""
+    busy(machine)
+    woken: list[str] = []
+    machine.khugepaged.on_wakeup = lambda: woken.append(machine.thp.enabled)
+    delays = machine.khugepaged.delays()
+    assert next(delays) == SCAN_SLEEP
+    machine.thp.enabled = "never"
+    machine.thp.enabled = "always"  # off and on within one sleep
+    assert woken == ["always"]
+    assert next(delays) == SCAN_SLEEP
+    assert machine.khugepaged_settings.full_scans == 2
+    machine.thp.enabled = "never"
+    assert next(delays) == math.inf
+    machine.sysfs["enabled"] = "madvise\n"
+    assert woken == ["always", "madvise"]
+    assert next(delays) == SCAN_SLEEP
+    assert machine.khugepaged_settings.full_scans == 3
 
 
 def test_a_stop_frees_the_slot_of_a_process_that_ended_under_the_cursor(machine: Machine) -> None:
