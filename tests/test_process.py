@@ -225,3 +225,27 @@ def test_numpys_integers_are_integers(machine: Machine, process: Process) -> Non
     process.write(np.int64(addr), b"x")
     assert process.read(np.int64(addr), np.int64(1)) == b"x"
     machine.audit()
+
+
+def test_names_are_cut_where_the_kernel_cuts_them(machine: Machine) -> None:
+    """15 characters in trace and log, whoever gives the name."""
+    name = "qemu-system-x86_64"
+    process = machine.process(name)
+    tasks = [
+        process.task,
+        process.fork("database-checkpointer").task,
+        process.fork().task,
+        machine.spawn(process.mmap.steps(4096), "io_uring-worker-0"),
+    ]
+    assert [task.comm for task in tasks] == [
+        "qemu-system-x86",
+        "database-checkp",
+        "qemu-system-x86",
+        "io_uring-worker",
+    ]
+    addr = process.mmap(4096)
+    process.write(addr, b"x")
+    process.poison(addr)
+    with pytest.raises(BusError):
+        process.read(addr, 1)
+    assert any(f"SIGBUS to qemu-system-x86:{process.pid} due" in line for line in machine.log)

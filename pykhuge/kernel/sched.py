@@ -36,6 +36,8 @@ __all__ = [
     "steps",
 ]
 
+TASK_COMM_LEN = 16  # with the NUL that ends it
+
 P = ParamSpec("P")
 T = TypeVar("T")
 Self_ = TypeVar("Self_", bound="HasTask")
@@ -162,11 +164,12 @@ class Sched:
 class Task(Holder, Generic[T]):
     """One thread of execution: who holds locks, and whose name stands in the trace.
 
-    `pending` is the step it has announced and not yet taken; `result` is there once `done`.
+    `comm` is cut to 15 bytes, as the kernel has it. `pending` is the step it has announced and not
+    yet taken; `result` is there once `done`.
     """
 
     def __init__(self, sched: Sched, comm: str, pid: int, cpu: int = 0) -> None:
-        super().__init__(comm)
+        super().__init__(comm.encode()[: TASK_COMM_LEN - 1].decode(errors="ignore"))
         self.sched = sched
         self.pid = pid
         self.cpu = cpu

@@ -237,3 +237,12 @@ def test_clock_moves_only_when_told() -> None:
     assert clock.now_ns == 2005
     with pytest.raises(ValueError, match="nsec=-1: allowed 0 and more"):
         clock.sleep(-1)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [("a" * 15, "a" * 15), ("a" * 16, "a" * 15), ("a" * 14 + "é", "a" * 14), ("", "")],
+)
+def test_a_name_has_room_for_15_bytes(name: str, kept: str) -> None:
+    """TASK_COMM_LEN; of a letter that does not fit nothing is left."""
+    assert Task(Sched(), name, 1).comm == kept
