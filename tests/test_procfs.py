@@ -129,6 +129,12 @@ def test_vmstat_prints_name_and_number(machine: Machine, process: Process, block
     assert machine.procfs.vmstat()["nr_anon_transparent_hugepages"] == 1
 
 
+def test_vmstat_has_the_counters_of_zones_before_those_of_nodes(machine: Machine) -> None:
+    """nr_mlock is one of them."""
+    names = list(machine.vmstat())
+    assert names[:3] == ["nr_free_pages", "nr_mlock", "nr_inactive_anon"]
+
+
 def test_meminfo_prints_kilobytes_in_columns(machine: Machine) -> None:
     """HardwareCorrupted has a column of its own, as in the kernel."""
     machine.mem.num_poisoned_pages = 3

@@ -25,12 +25,12 @@ __all__ = [
 # /proc/vmstat's names, in its order, as far as the model has them.
 NODE_STATS = (
     "nr_free_pages",
+    "nr_mlock",
     "nr_inactive_anon",
     "nr_active_anon",
     "nr_inactive_file",
     "nr_active_file",
     "nr_unevictable",
-    "nr_mlock",
     "nr_isolated_anon",
     "nr_isolated_file",
     "nr_anon_pages",
@@ -49,12 +49,12 @@ NODE_STATS = (
 )
 (
     NR_FREE_PAGES,
+    NR_MLOCK,
     NR_INACTIVE_ANON,
     NR_ACTIVE_ANON,
     NR_INACTIVE_FILE,
     NR_ACTIVE_FILE,
     NR_UNEVICTABLE,
-    NR_MLOCK,
     NR_ISOLATED_ANON,
     NR_ISOLATED_FILE,
     NR_ANON_MAPPED,
