@@ -202,8 +202,9 @@ class UserAccess:
             consumer=f"user access of {self.task.comm}",
             recovered=True,
         )
-        mem.log_machine_check(mce)
+        # Said on the way back to user space; the events are worked off after that.
         mem.printk(f"mce: Uncorrected hardware memory error in user-access at {mce.addr:x}")
+        mem.log_machine_check(mce, by_user=True)
         result = yield from memory_failure(mem, pfn, current=mm)
         for each in mm.signals:
             if each.si_code == BUS_MCEERR_AR:

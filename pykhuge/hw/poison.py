@@ -50,7 +50,7 @@ class Mce(NamedTuple):
         return (self.addr >> LINE_SHIFT) % LINES_PER_PAGE
 
     def lines(self) -> list[str]:
-        """What print_mce() logs of it."""
+        """What __print_mce() logs of it."""
         error = "mce: [Hardware Error]: "
         seconds = self.now_ns // 1_000_000_000
         return [

@@ -43,9 +43,9 @@ def copy_mc_pages(
         consumer=consumer,
         recovered=recovery,
     )
-    mem.log_machine_check(mce)
     if not recovery:
-        raise mem.die_of_machine_check()
+        raise mem.die_of_machine_check(mce)
+    mem.log_machine_check(mce, by_user=False)
     return mce
 
 

@@ -20,6 +20,7 @@ from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PhysicalMemory, lazy
 from pykhuge.hw.poison import Mce, Poison
 from pykhuge.kernel.clock import Clock
 from pykhuge.kernel.panic import KernelPanic
+from pykhuge.kernel.ratelimit import RateLimit
 from pykhuge.kernel.sched import Sched, Task, WouldBlock
 from pykhuge.kernel.trace import Trace, TraceEvent
 from pykhuge.kernel.version import KernelVersion
@@ -41,6 +42,7 @@ __all__ = ["LOCAL_DISTANCE", "REMOTE_DISTANCE", "Memory", "Node", "SwapDevice", 
 
 LOCAL_DISTANCE = 10
 REMOTE_DISTANCE = 20
+NSEC_PER_SEC = 1_000_000_000
 # node_reclaim_distance: farther nodes are not worth allocating from (RECLAIM_DISTANCE).
 NODE_RECLAIM_DISTANCE = 30
 
@@ -99,6 +101,7 @@ class HwPoison:
     refs: bad pages that it holds by a reference, for good. queue: pages it has still to deal with.
     device: pages of devices among num_poisoned_pages, which are not marked.
     hw_memory_failure: it was not always injected. early_kill, recovery: /proc/sys/vm.
+    mce_notify: how often the log says that there were machine checks.
     """
 
     refs: set[int] = field(default_factory=set)
@@ -107,6 +110,9 @@ class HwPoison:
     hw_memory_failure: bool = False
     early_kill: bool = False
     recovery: bool = True
+    mce_notify: RateLimit = field(
+        default_factory=lambda: RateLimit("mce_notify_irq", 60 * NSEC_PER_SEC, 2)
+    )
 
 
 @dataclass
@@ -352,16 +358,28 @@ class Memory:
         seconds, nsec = divmod(self.clock.tick(), 1_000_000_000)
         self.log.append(f"[{seconds:5d}.{nsec // 1000:06d}] {line}")
 
-    def log_machine_check(self, mce: Mce) -> None:
-        """print_mce(): what the log shows of a machine check."""
+    def log_machine_check(self, mce: Mce, *, by_user: bool) -> None:
+        """What the log shows of a machine check that the host has survived.
+
+        Args:
+            by_user: a program has met it. Where a copy of the kernel has, and recovers, it counts
+                as handled (kflags), and its record is printed only with mce=print_all.
+        """
+        if self.hwpoison.mce_notify.allows(self.clock.now_ns, self.printk):
+            self.printk("mce: [Hardware Error]: Machine check events logged")
+        if by_user:
+            for line in mce.lines():
+                self.printk(line)
+
+    def die_of_machine_check(self, mce: Mce) -> KernelPanic:
+        """mce_panic(): the kernel itself has loaded the bad line, where it cannot recover."""
         for line in mce.lines():
             self.printk(line)
-
-    def die_of_machine_check(self) -> KernelPanic:
-        """mce_panic(): the kernel itself has loaded the bad line, where it cannot recover."""
-        self.printk(
-            "mce: [Hardware Error]: Machine check: Data load in unrecoverable area of kernel"
-        )
+        for line in (
+            "Run the above through 'mcelog --ascii'",
+            "Machine check: Data load in unrecoverable area of kernel",
+        ):
+            self.printk(f"mce: [Hardware Error]: {line}")
         return self.die("Fatal local machine check")
 
     def die(self, reason: str) -> KernelPanic:

@@ -81,8 +81,7 @@ def _check_poison(mem: Memory, pfn: int, low: int, high: int) -> None:
             mce = mem.poison.machine_check(
                 pfn, line, cpu=mem.sched.current.cpu, consumer="copy_page_to_iter", recovered=False
             )
-            mem.log_machine_check(mce)
-            raise mem.die_of_machine_check()
+            raise mem.die_of_machine_check(mce)
 
 
 def vfs_write(mem: Memory, mm: Mm, file: File, offset: int, data: bytes) -> Steps[int]:
