@@ -233,7 +233,7 @@ class Process(UserAccess, FileCalls):
     def mce_kill(self) -> str:
         """prctl(PR_MCE_KILL): "early" tells it of bad pages at once, "late" when it touches them.
 
-        "default" leaves that to `Machine.memory_failure_early_kill`.
+        "default" leaves that to `Machine.memory_failure_early_kill`. Children inherit it.
         """
         return self.mm.mce_kill
 
@@ -540,6 +540,7 @@ class Process(UserAccess, FileCalls):
             self.task.cpu,
         )
         child.mm.preferred_node = self.mm.preferred_node
+        child.mm.mce_kill = self.mm.mce_kill
         child.mm.files = [get_file(file) for file in self.mm.files]
         try:
             yield from dup_mmap(self.mem, self.mm, child.mm)

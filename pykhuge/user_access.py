@@ -14,7 +14,7 @@ from pykhuge.kernel.sched import Steps, Task, steps
 from pykhuge.mm.errors import BUS_MCEERR_AR, SI_KERNEL, BusError, SegmentationFault, check_int
 from pykhuge.mm.fault import access_vma, find_vma, handle_mm_fault
 from pykhuge.mm.gup import follow_page
-from pykhuge.mm.memory_failure import memory_failure
+from pykhuge.mm.memory_failure import memory_failure, memory_failure_work
 from pykhuge.mm.mm_types import (
     VM_EXEC,
     VM_READ,
@@ -65,9 +65,10 @@ class UserAccess:
         while True:
             try:
                 pfns = yield from self._pages_for(low, high, write=False)
-            except Exception:
+            except Exception as error:
                 # What faults may have met poison before, in the pages that were there.
                 bad = self._first_poison_up_to(low, high)
+                self._after_fault(error, met=bad is None)
                 if bad is None:
                     raise
             else:
@@ -99,6 +100,7 @@ class UserAccess:
                 stop = self._writable_up_to(low, high)
                 pfns = self._writable_pages(low, stop)
                 good = self._store_good(pfns, addr, low, stop, source)
+                self._after_fault(error, met=good == stop)
                 if good == stop or isinstance(error, GeneratorExit):
                     raise
             else:
@@ -138,7 +140,7 @@ class UserAccess:
         first, nr = pte_index(low), (high - 1 >> PAGE_SHIFT) - (low >> PAGE_SHIFT) + 1
         if not self._allowed(low, high, write=write):
             # The fault comes at the first address without permission, and brings in those below.
-            yield from handle_mm_fault(self.mem, self.mm, low, high, write=write)
+            yield from handle_mm_fault(self.mem, self.mm, low, high, write=write, user=True)
         while True:
             pmd = pmd_of(self.mem, self.mm, low)
             if pmd and pmd_trans_huge(pmd):
@@ -151,7 +153,20 @@ class UserAccess:
                 if int(np.bitwise_and.reduce(ptes)) & wanted == wanted:
                     ptes |= np.uint64(mark)
                     return pte_pfns(ptes)
-            yield from handle_mm_fault(self.mem, self.mm, low, high, write=write)
+            yield from handle_mm_fault(self.mem, self.mm, low, high, write=write, user=True)
+
+    def _after_fault(self, error: BaseException, *, met: bool) -> None:
+        """What the host does about a fault that has failed, if the program has come as far as that.
+
+        The log tells of poison by name (do_sigbus), before a worker takes care of the page.
+        """
+        if met and isinstance(error, BusError) and error.code == BUS_MCEERR_AR:
+            task = self.mem.sched.current
+            self.mem.printk(
+                f"MCE: Killing {task.comm}:{task.pid} due to hardware memory corruption fault"
+                f" at {error.address:x}"
+            )
+        memory_failure_work(self.mem)
 
     def _allowed(self, start: int, end: int, *, write: bool) -> bool:
         try:

@@ -106,6 +106,11 @@ class KernelVersion:
     collapse_file_addr_in_hex: bool = _since(
         "6.12", "mm_khugepaged_collapse_file prints the address in hex"
     )
+    no_pg_error: bool = _since(
+        "6.12",
+        "PG_error is gone: pages whose contents memory_failure has lost do not show KPF_ERROR",
+        unseen="no layout has pages that are poisoned",
+    )
     split_maps_zero_page: bool = _since(
         "6.12", "splitting an anonymous huge page maps the zero page for subpages that are zero"
     )

@@ -146,9 +146,14 @@ def vma_lookup(mm: Mm, addr: int) -> Vma | None:
     return vma if vma is not None and vma.vm_start <= addr else None
 
 
-def handle_mm_fault(mem: Memory, mm: Mm, start: int, end: int, *, write: bool) -> Steps[None]:
+def handle_mm_fault(
+    mem: Memory, mm: Mm, start: int, end: int, *, write: bool, user: bool = False
+) -> Steps[None]:
     """Make [start, end) readable, or writable, for a task of `mm`.
 
+    Args:
+        user: the task itself has touched it (FAULT_FLAG_USER). Who calls has the log tell of its
+            end before kernel workers deal with poison met here.
     Raises: SegmentationFault, BusError, UserFault, OutOfMemory; pages below the fault stay in.
     Locks: takes mmap_lock for read.
     """
@@ -177,7 +182,7 @@ def handle_mm_fault(mem: Memory, mm: Mm, start: int, end: int, *, write: bool) -
     except BaseException:
         if locked_mm:
             mm.mmap_lock.unlock(mem.sched.current)
-        if mem.hwpoison.queue:
+        if not user:
             memory_failure_work(mem)
         raise
     yield Release(mm.mmap_lock)

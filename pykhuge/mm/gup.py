@@ -8,14 +8,7 @@ import numpy as np
 
 from pykhuge.hw.memory import PAGE_SIZE
 from pykhuge.kernel.sched import Steps, WouldBlock
-from pykhuge.mm.errors import (
-    BUS_MCEERR_AR,
-    EHWPOISON,
-    BusError,
-    SegmentationFault,
-    UserFault,
-    os_error,
-)
+from pykhuge.mm.errors import BusError, SegmentationFault, UserFault, os_error
 from pykhuge.mm.fault import access_vma, handle_mm_fault
 from pykhuge.mm.mm_types import MMF_HAS_PINNED, Mm
 from pykhuge.mm.mmzone import Memory
@@ -156,17 +149,14 @@ def get_user_pages(
 ) -> Steps[UserPages]:
     """Fault [addr, addr + length) in and hold its pages: for writing when pinned, else for reading.
 
-    Raises: OSError EFAULT where a task would get SIGSEGV or SIGBUS, EHWPOISON where that is for
-    poison; UserFault, OutOfMemory. Nothing is held then.
+    Raises: OSError EFAULT where a task would get SIGSEGV or SIGBUS, also for poison: EHWPOISON is
+    for those who ask for it by FOLL_HWPOISON; UserFault, OutOfMemory. Nothing is held then.
     """
     start, end = addr & -PAGE_SIZE, addr + length
     try:
         yield from _fault_in(mem, mm, start, end, write=pinned)
-    except SegmentationFault as fault:
+    except (SegmentationFault, BusError) as fault:
         raise os_error(errno.EFAULT, str(fault)) from fault
-    except BusError as fault:
-        poisoned = fault.code == BUS_MCEERR_AR
-        raise os_error(EHWPOISON if poisoned else errno.EFAULT, str(fault)) from fault
     pfns: list[int] = []
     for page in range(start, end, PAGE_SIZE):
         pfn = follow_page(mem, mm, page, write=pinned)

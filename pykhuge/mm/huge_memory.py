@@ -312,6 +312,8 @@ def split_huge_page(
     Kernel: split_huge_page_to_list. Returns: whether it was split.
     """
     pages, pins = mem.pages, int(pinned is not None)
+    if head == mem.huge_zero_pfn:
+        return False  # refused before it counts as a page that could not be split
     if pages.flags[head] & PG_locked or pages.refcount[head] != pages.total_mapcount(head) + pins:
         mem.vmstat.count(THP_SPLIT_PAGE_FAILED)
         return False

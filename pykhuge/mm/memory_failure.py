@@ -35,6 +35,7 @@ from pykhuge.mm.page import (
     PG_active,
     PG_anon,
     PG_dirty,
+    PG_error,
     PG_has_hwpoisoned,
     PG_hwpoison,
     PG_locked,
@@ -81,6 +82,7 @@ __all__ = [
     "memory_failure_work",
     "try_to_split_thp_page",
     "unpoison_memory",
+    "will_be_handled",
 ]
 
 # enum mf_result, as the log has them.
@@ -109,7 +111,10 @@ def memory_failure(
     """
     if not mem.hwpoison.recovery:
         raise mem.die(f"Memory failure on page {pfn:x}")
-    yield from _foresee_waits(mem, pfn)
+    yield Foresee(
+        f"page {mem.pages.head_of(pfn):#x} is unlocked, and its mappings",
+        lambda: not _would_wait(mem, pfn, count_increased=count_increased),
+    )
     mem.hwpoison.hw_memory_failure |= not sw_simulated
     pages = mem.pages
     if pfn >= mem.device_start:
@@ -141,20 +146,31 @@ def memory_failure(
     return (yield from _handle_page(mem, pfn, current))
 
 
-def _foresee_waits(mem: Memory, pfn: int) -> Steps[None]:
-    """To be asked before anything changes: page lock and rmap lock will be needed."""
+def _would_wait(mem: Memory, pfn: int, *, count_increased: bool) -> bool:
+    """Whether page lock or rmap lock, both needed of a page that can be dealt with, are taken.
+
+    To be asked before anything changes.
+    """
     head = mem.pages.head_of(pfn)
+    known = mem.pages.flags[pfn] & PG_hwpoison
+    if known or not (count_increased or will_be_handled(mem, head)):
+        return False
     lock = _rmap_lock(mem, head)
-
-    def free() -> bool:
-        return not mem.pages.flags[head] & PG_locked and (lock is None or lock.available(READ))
-
-    yield Foresee(f"page {head:#x} is unlocked, and its mappings", free)
+    return bool(mem.pages.flags[head] & PG_locked) or not (lock is None or lock.available(READ))
 
 
 def _put_if(mem: Memory, pfn: int, held: bool) -> None:
     if held:
         put_pages(mem, np.array([pfn]))
+
+
+def will_be_handled(mem: Memory, head: int) -> bool:
+    """HWPoisonHandlable(): on an LRU list, or on its way there; who has isolated it has it alone.
+
+    Such pages are given up before anybody asks for their lock.
+    """
+    waiting = any(head in batch for batch in mem.lru_batches)
+    return waiting or bool(mem.pages.flags[head] & PG_lru)
 
 
 def get_hwpoison_page(mem: Memory, pfn: int) -> bool:
@@ -405,6 +421,8 @@ def _me_pagecache_clean(mem: Memory, pfn: int, kind: str) -> str:
 
 def _me_pagecache_dirty(mem: Memory, pfn: int, kind: str) -> str:
     """The data are lost: the next write, fsync or close of the file is to fail with EIO."""
+    if not mem.version.no_pg_error:
+        mem.pages.flags[pfn] |= np.uint32(PG_error)
     mapping = mem.mappings.get(int(mem.pages.mapping[pfn]))
     if isinstance(mapping, AddressSpace):
         mapping.wb_err = errno.EIO
@@ -473,10 +491,7 @@ def memory_failure_work(mem: Memory) -> None:
     """memory_failure_work_func(): what is queued, as far as nobody has it locked."""
     queued, mem.hwpoison.queue = mem.hwpoison.queue, []
     for pfn in queued:
-        head = mem.pages.head_of(pfn)
-        lock = _rmap_lock(mem, head)
-        busy = mem.pages.flags[head] & PG_locked or not (lock is None or lock.available(READ))
-        if busy:
+        if _would_wait(mem, pfn, count_increased=False):
             mem.hwpoison.queue.append(pfn)
         else:
             mem.sched.current.run(memory_failure(mem, pfn))

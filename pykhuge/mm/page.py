@@ -21,6 +21,7 @@ __all__ = [
     "PG_anon",
     "PG_anon_exclusive",
     "PG_dirty",
+    "PG_error",
     "PG_frozen",
     "PG_has_hwpoisoned",
     "PG_head",
@@ -72,6 +73,8 @@ PG_anon = 1 << 16
 PG_table = 1 << 17
 PG_zone_device = 1 << 18
 PG_private = 1 << 19
+# memory_failure has lost what was written to it (until 6.12).
+PG_error = 1 << 20
 # For the audit alone: a reference held by code in progress, by an isolated page or a new page that
 # nothing maps yet. Linux knows such a page only from the local variable that points to it.
 PG_isolated = 1 << 24

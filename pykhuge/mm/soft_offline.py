@@ -20,7 +20,7 @@ from pykhuge.mm.filemap import (
     wait_on_page,
     wait_on_page_writeback,
 )
-from pykhuge.mm.memory_failure import get_hwpoison_page, try_to_split_thp_page
+from pykhuge.mm.memory_failure import get_hwpoison_page, try_to_split_thp_page, will_be_handled
 from pykhuge.mm.mm_types import AddressSpace
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import (
@@ -67,7 +67,10 @@ def soft_offline_page(mem: Memory, pfn: int, *, count_increased: bool = False) -
     """
     pages, one = mem.pages, np.array([pfn])
     head = pages.head_of(pfn)
-    yield Foresee(f"page {head:#x} is unlocked", lambda: not pages.flags[head] & PG_locked)
+    yield Foresee(
+        f"page {head:#x} is unlocked",
+        lambda: not (pages.flags[head] & PG_locked and will_be_handled(mem, head)),
+    )
     if pfn >= mem.device_start:
         if count_increased:
             put_pages(mem, one)

@@ -16,6 +16,7 @@ from pykhuge.mm.page import (
     PG_anon,
     PG_anon_exclusive,
     PG_dirty,
+    PG_error,
     PG_head,
     PG_hwpoison,
     PG_locked,
@@ -46,6 +47,7 @@ class Kpf(enum.IntFlag):
     """KPF_*, the bits of /proc/kpageflags that the model can set."""
 
     KPF_LOCKED = 1 << 0
+    KPF_ERROR = 1 << 1
     KPF_REFERENCED = 1 << 2
     KPF_UPTODATE = 1 << 3
     KPF_DIRTY = 1 << 4
@@ -74,6 +76,7 @@ class Kpf(enum.IntFlag):
 # Bits of the very page. PG_anon_exclusive is PG_mappedtodisk by another name (page-flags.h).
 _COPIED = {
     PG_locked: Kpf.KPF_LOCKED,
+    PG_error: Kpf.KPF_ERROR,
     PG_referenced: Kpf.KPF_REFERENCED,
     PG_uptodate: Kpf.KPF_UPTODATE,
     PG_dirty: Kpf.KPF_DIRTY,

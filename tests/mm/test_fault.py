@@ -169,11 +169,18 @@ def test_copy_on_write_of_poison_kills_the_task_only(machine: Machine, process: 
         child.write(addr, b"x")
     assert (raised.value.address, raised.value.code, raised.value.lsb) == (addr, 4, 12)
     assert child.pfn(addr) is process.pfn(addr) is None
+    (mce,) = machine.mem.poison.log
     assert rss(child)["MM_ANONPAGES"] == 0
     assert process.signals == []
     machine.lru_add_drain_all()
     assert machine.vmstat()["nr_free_pages"] == before["nr_free_pages"]
     assert machine.mem.num_poisoned_pages == 1
+    assert [line.partition("] ")[2] for line in machine.log] == [
+        "mce: [Hardware Error]: Machine check events logged",
+        f"MCE: Killing {child.task.comm}:{child.pid} due to hardware memory corruption fault"
+        f" at {addr:x}",
+        f"Memory failure: {mce.pfn:#x}: recovery action for dirty LRU page: Recovered",
+    ]
 
 
 @pytest.mark.parametrize("written", [0, 3, 4])

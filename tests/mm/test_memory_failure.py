@@ -33,6 +33,7 @@ from pykhuge import (
     Advice,
     BusError,
     KernelPanic,
+    KernelVersion,
     Machine,
     Process,
     ScanResult,
@@ -42,6 +43,7 @@ from pykhuge.mm.errors import BUS_MCEERR_AO, BUS_MCEERR_AR, EHWPOISON, Signal
 from pykhuge.mm.page import PG_hwpoison, PG_lru
 from pykhuge.mm.page_table import SWP_HWPOISON, swp_offset, swp_type
 from pykhuge.mm.rmap import ptes_of
+from pykhuge.procfs import Kpf
 
 S = ScanResult
 HWPOISON = Advice.MADV_HWPOISON
@@ -99,8 +101,91 @@ def test_an_anonymous_page_becomes_an_entry_that_kills(
     for write in (False, True):
         assert touched(process, page + 99, write=write) == (page + 99, BUS_MCEERR_AR, 12)
     assert machine.mem.poison.log == []  # no machine check at all
-    with pytest.raises(OSError, match=r"\[Errno 133\]"):
-        process.get(page, 1)
+
+
+def kpf(machine: Machine, pfn: int) -> Kpf:
+    """/proc/kpageflags of one frame."""
+    return Kpf(int(machine.procfs.kpageflags(pfn, 1)[0]))
+
+
+def killings(machine: Machine) -> list[str]:
+    """What the log says of tasks that have touched known poison, without times."""
+    texts = [line.partition("] ")[2] for line in machine.log]
+    return [text for text in texts if text.startswith("MCE: Killing ")]
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_every_touch_of_known_poison_is_in_the_log(
+    machine: Machine, process: Process, page: int, write: bool
+) -> None:
+    """x86's do_sigbus: by name, pid and the very address, each time; of a thread by its own."""
+    process.madvise(page, PAGE, HWPOISON)
+    line = "due to hardware memory corruption fault at"
+    for _ in range(2):
+        touched(process, page + 99, write=write)
+    assert killings(machine) == [f"MCE: Killing app:{process.pid} {line} {page + 99:x}"] * 2
+    call = process.write.steps(page, b"x") if write else process.read.steps(page, 1)
+    thread = machine.spawn(call, "thread")
+    with pytest.raises(BusError):
+        thread.finish()
+    assert killings(machine)[2:] == [f"MCE: Killing thread:{thread.pid} {line} {page:x}"]
+
+
+def test_the_kernel_s_own_way_to_known_poison_kills_nobody(
+    machine: Machine, process: Process, page: int
+) -> None:
+    """get_user_pages: EFAULT, as nobody there asks for FOLL_HWPOISON; MADV_POPULATE_* does."""
+    process.madvise(page, PAGE, HWPOISON)
+    for call in (
+        lambda: process.get(page, 1),
+        lambda: process.pin(page, 1),
+        lambda: process.madvise(page, PAGE, HWPOISON),
+        lambda: process.madvise(page, PAGE, Advice.MADV_SOFT_OFFLINE),
+    ):
+        assert refused(call) == errno.EFAULT
+    for advice in (Advice.MADV_POPULATE_READ, Advice.MADV_POPULATE_WRITE):
+        assert refused(lambda advice=advice: process.madvise(page, PAGE, advice)) == EHWPOISON
+    assert refused(lambda: process.mlock(page, PAGE)) == errno.ENOMEM
+    assert killings(machine) == []
+
+
+def test_a_touch_that_ends_at_a_bad_line_before_is_not_killed_for_poison_behind(
+    machine: Machine, process: Process
+) -> None:
+    """The program has not come as far as the page that is known to be bad."""
+    addr = process.mmap(2 * PAGE)
+    process.write(addr, block_bytes(0, 2))
+    process.madvise(addr + PAGE, PAGE, HWPOISON)
+    process.poison(addr + 64)
+    with pytest.raises(BusError):
+        process.read(addr, 2 * PAGE)
+    assert killings(machine) == []
+
+
+@pytest.mark.parametrize("policy", ["early", "late", "default"])
+def test_a_child_inherits_what_it_wants_to_be_told(process: Process, policy: str) -> None:
+    """PR_MCE_KILL is kept in the flags of the task, which fork copies."""
+    process.mce_kill = policy
+    assert process.fork().mce_kill == policy
+
+
+def test_a_dirty_page_that_is_lost_is_marked_as_an_error(
+    make_machine: MakeMachine, machine: Machine, process: Process, page: int
+) -> None:
+    """KPF_ERROR, also of an anonymous page, until PG_error was taken out in 6.12."""
+    pfn = process.pfn(page)
+    assert pfn is not None
+    process.madvise(page, PAGE, HWPOISON)
+    assert Kpf.KPF_ERROR in kpf(machine, pfn)
+    machine.unpoison_memory(pfn)
+    assert kpf(machine, pfn) == Kpf.KPF_BUDDY
+    later = make_machine(kernel=KernelVersion.at(6, 12))
+    addr = (other := later.process()).mmap(PAGE)
+    other.write(addr, b"x")
+    (lost,) = (held := other.get(addr, 1)).pfns.tolist()
+    other.madvise(addr, PAGE, HWPOISON)
+    held.release()
+    assert kpf(later, lost) & (Kpf.KPF_ERROR | Kpf.KPF_HWPOISON) == Kpf.KPF_HWPOISON
 
 
 def test_the_frame_is_never_allocated_again(machine: Machine, process: Process, page: int) -> None:
@@ -130,8 +215,12 @@ def test_a_load_of_a_poisoned_line_is_told_at_once_and_the_page_goes(
     ]
     assert process.signals == child.signals == []
     assert touched(child, page + 7) == (page + 7, BUS_MCEERR_AR, 12)
-    assert any("Uncorrected hardware memory error in user-access at" in x for x in machine.log)
-    assert len(machine.mem.poison.log) == 1
+    (mce,) = machine.mem.poison.log
+    assert [line.partition("] ")[2] for line in machine.log][:5] == [
+        f"mce: Uncorrected hardware memory error in user-access at {mce.addr:x}",
+        "mce: [Hardware Error]: Machine check events logged",
+        *mce.lines(),
+    ]
 
 
 @pytest.mark.parametrize("policy", ["early", "late", "default"])
@@ -438,6 +527,53 @@ def test_memory_failure_waits_for_a_collapse_that_holds_the_page(
     machine.memory_failure(pfn)
     assert failures(machine) == ["recovery action for free buddy page: Recovered"]
     assert process.read(addr, HPAGE) == block_bytes()
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_page_that_a_collapse_has_isolated_is_given_up_at_once(
+    machine: Machine, process: Process, soft: bool
+) -> None:
+    """PG_lru is asked for before the lock: the plain call has the same end as the task."""
+    addr = advised(process)
+    fill(process, addr)
+    machine.lru_add_drain_all()
+    pfn, other = process.pfn(addr + 7 * PAGE), process.pfn(addr + 8 * PAGE)
+    assert pfn is not None
+    assert other is not None
+    collapse = machine.spawn(machine.collapse.steps(process, addr))
+    collapse.run_until("copied")
+    call = machine.soft_offline_page if soft else machine.memory_failure
+    number = errno.EIO if soft else errno.EBUSY
+    assert refused(lambda: call(pfn)) == number
+    assert refused(lambda: machine.spawn(call.steps(other)).finish()) == number
+    assert failures(machine).count("unhandlable page.") == 2
+    assert machine.mem.num_poisoned_pages == (0 if soft else 2)
+    assert collapse.finish() is S.SCAN_SUCCEED
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_locked_page_on_its_way_to_a_list_is_waited_for(
+    machine: Machine, process: Process, page: int, soft: bool
+) -> None:
+    """It is drained to its list first, and then its lock is needed."""
+    pfn, held = process.pfn(page), process.lock_page(page)
+    assert pfn is not None
+    assert not machine.mem.pages.flags[pfn] & PG_lru
+    call = machine.soft_offline_page if soft else machine.memory_failure
+    with pytest.raises(WouldBlock):
+        call(pfn)
+    assert machine.log == []
+    held.release()
+
+
+def test_the_huge_zero_page_is_refused_before_it_counts(machine: Machine, process: Process) -> None:
+    """EBUSY; thp_split_page_failed is of pages that could have been split."""
+    addr = advised(process)
+    process.read(addr, 1)
+    assert process.pfn(addr) == machine.mem.huge_zero_pfn
+    assert refused(lambda: process.madvise(addr, PAGE, HWPOISON)) == errno.EBUSY
+    assert failures(machine) == ["recovery action for unsplit thp: Ignored"]
+    assert machine.vmstat()["thp_split_page_failed"] == 0
 
 
 def test_without_recovery_a_memory_failure_is_a_panic(
