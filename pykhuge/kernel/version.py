@@ -56,6 +56,12 @@ class KernelVersion:
         "retract_page_tables needs no mmap_lock and notes nothing for later; what maps a cached"
         " huge page by a table is dealt with at once, under mmap_lock for read",
     )
+    migration_drains_mlocked: bool = _since(
+        "6.7 (eebb3dabbb5c)",
+        "a page that has moved goes onto its LRU list at once only if it is mlocked, not whenever"
+        " it is mapped",
+        unseen="no layout has pages that are taken out of use",
+    )
     file_thp_without_exec: bool = _since(
         "6.8 (7fbb5e188248)",
         "files need not be mapped with VM_EXEC",

@@ -2,6 +2,9 @@
 
 Nothing is lost and nobody is killed: what the page holds moves to another frame (mm/migrate.c), or
 is dropped where it can be read again, and the frame is never allocated again.
+
+The log's lines are the kernel's but for `, type %pGp` behind the last two: what a page's flags look
+like hangs on the kernel's configuration (nodes, zones, last CPU); nor are all of them kept here.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from pykhuge.mm.rmap import mapped_item, page_mappings
 from pykhuge.mm.swap import (
     isolate_lru_pages,
     isolated_item,
+    lru_add_drain,
     lru_add_drain_all,
     put_pages,
     putback_lru_pages,
@@ -62,7 +66,7 @@ def soft_offline_page(mem: Memory, pfn: int, *, count_increased: bool = False) -
     Args:
         count_increased: the caller has a reference to the page, which goes over to this call.
     Returns: 0, also for a page that is bad already; EIO for device memory and pages of kinds that
-    cannot be dealt with; EBUSY (somebody else refers to it, or there is no memory to move to).
+    cannot be dealt with; EBUSY (somebody else refers to it); ENOMEM (there is nowhere to move to).
     Raises: KernelPanic if the page is poisoned and must be copied: that copy has no recovery.
     """
     pages, one = mem.pages, np.array([pfn])
@@ -76,7 +80,7 @@ def soft_offline_page(mem: Memory, pfn: int, *, count_increased: bool = False) -
             put_pages(mem, one)
         return errno.EIO
     if pages.flags[pfn] & PG_hwpoison:
-        _log(mem, pfn, "page already poisoned")
+        mem.printk(f"soft_offline_page: {pfn:#x} page already poisoned")
         if count_increased:
             put_pages(mem, one)
         return 0
@@ -92,6 +96,10 @@ def soft_offline_page(mem: Memory, pfn: int, *, count_increased: bool = False) -
         return errno.EBUSY
     yield from wait_on_page(mem, pfn)
     wait_on_page_writeback(mem, one)
+    if pages.flags[pfn] & PG_hwpoison:
+        put_pages(mem, one)
+        mem.printk(f"soft offline: {pfn:#x} page already poisoned")
+        return 0
     return _soft_offline_small_page(mem, pfn)
 
 
@@ -112,16 +120,17 @@ def _soft_offline_small_page(mem: Memory, pfn: int) -> int:
     if _evict(mem, pfn):
         mem.printk(f"soft_offline: {pfn:#x}: invalidated")
     elif not pages.flags[pfn] & PG_lru:
-        _log(mem, pfn, f"page isolation failed, page count {int(pages.refcount[pfn])}")
         put_pages(mem, one)
+        _log(mem, pfn, f"page isolation failed, page count {int(pages.refcount[pfn])}")
         return errno.EBUSY
     else:
         isolate_lru_pages(mem, one)
         pages.refcount[pfn] -= 1  # the isolation's reference is enough
-        if not _migrate(mem, pfn):
+        left = migrate_pages(mem, pfn)
+        if left:
             putback_lru_pages(mem, one)
-            _log(mem, pfn, f"page migration failed {errno.EBUSY}")
-            return errno.EBUSY
+            _log(mem, pfn, f"page migration failed {left}")
+            return errno.EBUSY if left > 0 else -left
     return _page_handle_poison(mem, pfn)
 
 
@@ -150,21 +159,35 @@ def _page_handle_poison(mem: Memory, pfn: int) -> int:
     return 0
 
 
-def _migrate(mem: Memory, old: int) -> bool:
-    """migrate_pages() of one isolated page to a frame nearby; False, and nothing changed, if not.
+def migrate_pages(mem: Memory, old: int) -> int:
+    """Move one isolated page to a frame nearby, if only page tables and its cache refer to it.
 
-    Others than page tables and the page's own cache must not refer to it.
+    Returns: 0; with nothing changed, 1 (the pages left) or -ENOMEM.
     """
+    found = alloc_pages(mem, 1, mem.nid_of(old))
+    free = int(mem.pages.refcount[old]) == _expected_references(mem, old)
+    if len(found) and free:
+        _migrate_folio_move(mem, old, int(found[0]))
+        mem.vmstat.count(PGMIGRATE_SUCCESS)
+        return 0
+    mem.vmstat.count(PGMIGRATE_FAIL)
+    put_pages(mem, found)
+    return 1 if len(found) else -errno.ENOMEM
+
+
+def _expected_references(mem: Memory, pfn: int) -> int:
+    """From the isolation, page tables and the page's own cache (folio_expected_refs)."""
+    flags = int(mem.pages.flags[pfn])
+    mapping = mem.mappings.get(int(mem.pages.mapping[pfn]))
+    cached = isinstance(mapping, AddressSpace) or bool(flags & PG_swapcache)
+    return 1 + int(mem.pages.mapcount[pfn]) + cached + bool(flags & PG_private)
+
+
+def _migrate_folio_move(mem: Memory, old: int, new: int) -> None:
+    """The new page takes the old one's place everywhere; the old one keeps one reference."""
     pages, flags = mem.pages, int(mem.pages.flags[old])
     mapping = mem.mappings.get(int(pages.mapping[old]))
-    cached = isinstance(mapping, AddressSpace) or bool(flags & PG_swapcache)
-    expected = 1 + int(pages.mapcount[old]) + cached + bool(flags & PG_private)
-    free = pages.refcount[old] == expected
-    found = alloc_pages(mem, int(free), mem.nid_of(old))
-    if not len(found):
-        mem.vmstat.count(PGMIGRATE_FAIL)
-        return False
-    new = int(found[0])
+    was_mapped = pages.mapcount[old] > 0
     copy_mc_page(mem, new, old, consumer="migrate_folio", recovery=False)
     for entry in page_mappings(mem, old):
         words = mem.ram.words[entry.table]
@@ -181,9 +204,10 @@ def _migrate(mem: Memory, old: int) -> bool:
     elif flags & PG_swapcache:
         mem.swap.cache[int(pages.private[new])] = new
     pages.flags[old] = 0
-    putback_lru_pages(mem, found)
-    mem.vmstat.count(PGMIGRATE_SUCCESS)
-    return True
+    putback_lru_pages(mem, np.array([new]))
+    # Before its entries are put back: that mlocks it, which wants it on its list.
+    if flags & PG_mlocked or (was_mapped and not mem.version.migration_drains_mlocked):
+        lru_add_drain(mem)
 
 
 def _move_counts(mem: Memory, old: int, new: int, flags: int) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from collapse_kit import (
     HPAGE,
@@ -20,8 +21,9 @@ from collapse_kit import (
 )
 from file_kit import memfd
 
-from pykhuge import Advice, KernelPanic, Machine, Process
-from pykhuge.mm.page import PG_hwpoison
+from pykhuge import Advice, KernelPanic, KernelVersion, Machine, Process
+from pykhuge.mm.page import PG_hwpoison, PG_lru
+from pykhuge.mm.swap import isolate_lru_pages, putback_lru_pages
 
 OFFLINE = Advice.MADV_SOFT_OFFLINE
 
@@ -63,6 +65,11 @@ def huge(process: Process) -> int:
     process.write(addr, block_bytes())
     assert process.is_huge(addr)
     return addr
+
+
+def texts(machine: Machine) -> list[str]:
+    """The log without times."""
+    return [line.partition("] ")[2] for line in machine.log]
 
 
 KINDS = [anonymous, forked, mlocked, in_swap_cache, shmem, huge]
@@ -137,12 +144,14 @@ def test_a_dirty_page_of_a_disk_file_moves_and_is_written_later(
 
 
 def test_a_free_frame_is_taken_out_of_use(machine: Machine) -> None:
-    """Without a word in the log."""
+    """Without a word in the log; only the second time is worth one."""
     free = machine.vmstat()["nr_free_pages"]
     machine.soft_offline_page(machine.mem.nr_pages - 3)
     assert machine.vmstat()["nr_free_pages"] == free - 1
     assert machine.log == []
     machine.soft_offline_page(machine.mem.nr_pages - 3)  # twice is no error
+    already = f"soft_offline_page: {machine.mem.nr_pages - 3:#x} page already poisoned"
+    assert texts(machine) == [already]
     assert machine.mem.num_poisoned_pages == 1
 
 
@@ -156,7 +165,8 @@ def test_a_page_that_somebody_holds_stays(
     machine.lru_add_drain_all()
     before = machine.vmstat()
     assert refused(lambda: process.madvise(addr, 1, OFFLINE)) == errno.EBUSY
-    assert ("thp split failed" if is_huge else "page migration failed") in machine.log[-1]
+    why = "thp split failed" if is_huge else "page migration failed 1"
+    assert texts(machine)[-1] == f"soft offline: {pins.pfns[0]:#x}: {why}"
     assert machine.mem.num_poisoned_pages == 0
     assert process.pfn(addr) == pins.pfns[0]
     machine.lru_add_drain_all()
@@ -168,15 +178,79 @@ def test_a_page_that_somebody_holds_stays(
 
 
 def test_without_memory_to_move_to_it_stays(make_machine: MakeMachine) -> None:
-    """EBUSY."""
+    """ENOMEM, also for a page that somebody holds: a place is looked for before."""
     machine = make_machine("8M")
     process = machine.process()
     addr = anonymous(process)
     hog = process.mmap(16 << 20)
     with pytest.raises(MemoryError):
         process.write(hog, bytes(16 << 20))
-    assert refused(lambda: process.madvise(addr, PAGE, OFFLINE)) == errno.EBUSY
+    held = process.get(addr + PAGE, 1)
+    for number in range(2):
+        page = addr + number * PAGE
+        assert refused(lambda page=page: process.madvise(page, PAGE, OFFLINE)) == errno.ENOMEM
+        failed = f"soft offline: {process.pfn(page):#x}: page migration failed -12"
+        assert texts(machine)[-1] == failed
+    assert machine.vmstat()["pgmigrate_fail"] == 2
     assert process.read(addr, 2 * PAGE) == block_bytes(0, 2)
+    held.release()
+
+
+@pytest.mark.parametrize("kind", [anonymous, mlocked], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("version", [(6, 4), (6, 7)])
+def test_what_was_mapped_is_on_its_list_at_once(
+    make_machine: MakeMachine, kind: Callable[[Process], int], version: tuple[int, int]
+) -> None:
+    """The batch is drained before entries are put back; since 6.7 only for an mlocked page."""
+    machine = make_machine(kernel=KernelVersion.at(*version))
+    process = machine.process()
+    addr = kind(process)
+    machine.lru_add_drain_all()
+    process.madvise(addr, PAGE, OFFLINE)
+    new = process.pfn(addr)
+    assert new is not None
+    on_list = version < (6, 7) or kind is mlocked
+    assert bool(machine.mem.pages.flags[new] & PG_lru) is on_list
+    assert any(new in batch for batch in machine.mem.lru_batches) is not on_list
+
+
+def test_a_page_that_leaves_its_list_meanwhile_stays(machine: Machine, process: Process) -> None:
+    """EBUSY; the references told of are those of others."""
+    addr = anonymous(process)
+    machine.lru_add_drain_all()
+    pfn = process.pfn(addr)
+    assert pfn is not None
+    lock = process.lock_page(addr)
+    offline = machine.spawn(machine.soft_offline_page.steps(pfn))
+    while offline.step():
+        pass
+    assert not offline.done  # it waits for the page lock, with a reference
+    isolate_lru_pages(machine.mem, np.array([pfn]))
+    lock.release()
+    assert refused(offline.finish) == errno.EBUSY
+    assert texts(machine) == [f"soft offline: {pfn:#x}: page isolation failed, page count 2"]
+    putback_lru_pages(machine.mem, np.array([pfn]))
+
+
+def test_a_page_that_goes_bad_meanwhile_is_no_error(machine: Machine, process: Process) -> None:
+    """Whoever holds the lock has it: nothing is left to be done, and the reference is dropped."""
+    addr = anonymous(process)
+    machine.lru_add_drain_all()
+    pfn = process.pfn(addr)
+    assert pfn is not None
+    lock = process.lock_page(addr)
+    calls = [
+        machine.spawn(call.steps(pfn))
+        for call in (machine.soft_offline_page, machine.memory_failure)
+    ]
+    for call in calls:
+        while call.step():
+            pass
+    lock.release()
+    for call in reversed(calls):
+        call.finish()
+    assert texts(machine)[-1] == f"soft offline: {pfn:#x} page already poisoned"
+    assert machine.mem.num_poisoned_pages == 1
 
 
 def test_what_is_no_page_that_moves(machine: Machine, process: Process) -> None:
