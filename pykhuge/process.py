@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pykhuge.files import FileCalls
@@ -98,6 +98,7 @@ __all__ = ["PROT_EXEC", "PROT_NONE", "PROT_READ", "PROT_WRITE", "Advice", "Proce
 
 PROT_NONE, PROT_READ, PROT_WRITE, PROT_EXEC = 0, VM_READ, VM_WRITE, VM_EXEC
 PROT_ANY = PROT_READ | PROT_WRITE | PROT_EXEC
+ULONG_MAX = (1 << 64) - 1
 
 
 class Advice(enum.IntEnum):
@@ -407,15 +408,16 @@ class Process(UserAccess, FileCalls):
     def madvise(self, addr: int, length: int, advice: int) -> Steps[None]:
         """madvise(2); `advice` is one of `Advice`.
 
-        Raises: OSError EINVAL, ENOMEM (part of the range is not mapped), or for MADV_COLLAPSE a
-        CollapseError, which also names the last scan result.
+        Raises: OSError EINVAL, ENOMEM (part of the range is not mapped; the advice holds for what
+        is, also beyond it), or for MADV_COLLAPSE a CollapseError, which also names the last scan
+        result.
         """
         if advice not in tuple(Advice):
             allowed = ", ".join(f"{each.name} ({each.value})" for each in Advice)
             raise os_error(errno.EINVAL, f"advice={advice}: allowed {allowed}")
-        if length == 0 and addr % PAGE_SIZE == 0:
+        end, advice = _check_advised(addr, length), Advice(advice)
+        if end == addr:
             return
-        end, advice = check_range(addr, length), Advice(advice)
         if advice in (Advice.MADV_POPULATE_READ, Advice.MADV_POPULATE_WRITE):
             yield from self._populate(addr, end, write=advice is Advice.MADV_POPULATE_WRITE)
             return
@@ -436,20 +438,15 @@ class Process(UserAccess, FileCalls):
 
     def _remove(self, start: int, end: int) -> Steps[None]:
         """Punch the range out of the shmem file that is mapped there (madvise_remove)."""
-        while start < end:
-            vma = find_vma(self.mm, start)
-            if vma is None or vma.vm_start > start:
-                raise os_error(errno.ENOMEM, f"nothing is mapped at {start:#x}")
+        for vma, at, stop in self._walk_vmas(start, end):
             wanted, inode = VM_SHARED | VM_WRITE, vma.vm_file and vma.vm_file.inode
             if vma.vm_flags & VM_LOCKED or not isinstance(inode, ShmemInode):
                 raise os_error(errno.EINVAL, f"{vma}: allowed where shmem is mapped, not mlocked")
             if vma.vm_flags & wanted != wanted:
                 raise os_error(errno.EACCES, f"{vma}: allowed where a mapping is shared, writable")
-            low = vma.linear_page_index(start) << PAGE_SHIFT
-            stop = min(end, vma.vm_end)
-            punch = shmem_undo_range(self.mem, inode, low, low + stop - start, even_cows=False)
+            low = vma.linear_page_index(at) << PAGE_SHIFT
+            punch = shmem_undo_range(self.mem, inode, low, low + stop - at, even_cows=False)
             yield from inode_locked(self.mem, inode, punch)
-            start = stop
 
     def _inject_error(self, start: int, end: int, advice: Advice) -> Steps[None]:
         """Kernel: madvise_inject_error. No machine check: the pages are only said to be bad."""
@@ -476,6 +473,13 @@ class Process(UserAccess, FileCalls):
 
     def _populate(self, start: int, end: int, *, write: bool) -> Steps[None]:
         """Kernel: madvise_populate."""
+        if self.mem.version.populate_stops_at_gap:
+            yield from self._populate_range(start, end, write=write)
+            return
+        for _, low, high in self._walk_vmas(start, end):
+            yield from self._populate_range(low, high, write=write)
+
+    def _populate_range(self, start: int, end: int, *, write: bool) -> Steps[None]:
         try:
             yield from populate(self.mem, self.mm, start, end, write=write)
         except SegmentationFault as fault:
@@ -490,8 +494,20 @@ class Process(UserAccess, FileCalls):
         if advice in _FLAGS:
             self._advise_flags(start, end, advice)
             return
-        # Looked up one by one: a collapse drops mmap_lock, and the VMAs may be others afterwards.
-        # A gap counts if the walk meets it: what goes while a VMA is worked on is not missed.
+        for vma, low, high in self._walk_vmas(start, end):
+            if advice is Advice.MADV_COLLAPSE:
+                cc = CollapseControl(is_khugepaged=False, settings=self.settings)
+                yield from madvise_collapse(self.mem, vma, low, high, cc)
+            else:
+                self._advise_pages(vma, low, high, advice)
+
+    def _walk_vmas(self, start: int, end: int) -> Iterator[tuple[Vma, int, int]]:
+        """madvise_walk_vmas(): the part of [start, end) that lies in each VMA.
+
+        Looked up one by one: a collapse drops mmap_lock, and the VMAs may be others afterwards. A
+        gap counts if the walk meets it: what goes while a VMA is worked on is not missed.
+        Raises: OSError ENOMEM behind the last one, if there was a gap.
+        """
         gap: int | None = None
         while start < end:
             vma = find_vma(self.mm, start)
@@ -499,13 +515,8 @@ class Process(UserAccess, FileCalls):
                 gap = start
             if vma is None or vma.vm_start >= end:
                 break
-            low, high = max(start, vma.vm_start), min(end, vma.vm_end)
-            start = high
-            if advice is Advice.MADV_COLLAPSE:
-                cc = CollapseControl(is_khugepaged=False, settings=self.settings)
-                yield from madvise_collapse(self.mem, vma, low, high, cc)
-            else:
-                self._advise_pages(vma, low, high, advice)
+            low, start = max(start, vma.vm_start), min(end, vma.vm_end)
+            yield vma, low, start
         if gap is not None:
             raise os_error(errno.ENOMEM, f"nothing is mapped at {gap:#x}")
 
@@ -634,6 +645,23 @@ class Process(UserAccess, FileCalls):
         """Whether a huge PMD maps `addr`."""
         pmd = pmd_of(self.mem, self.mm, addr)
         return bool(pmd and pmd_trans_huge(pmd))
+
+
+def _check_advised(addr: int, length: int) -> int:
+    """The end of a range as do_madvise() checks it: it may lie beyond all that can be mapped.
+
+    Raises: OSError EINVAL, also if the range comes to 2^64, where addresses begin anew.
+    """
+    check_int(addr=addr, length=length)
+    if addr % PAGE_SIZE:
+        raise os_error(errno.EINVAL, f"addr={addr:#x}: allowed multiples of {PAGE_SIZE}")
+    end = addr + (length + PAGE_SIZE - 1 & -PAGE_SIZE)
+    if addr < 0 or length < 0 or end > ULONG_MAX:
+        raise os_error(
+            errno.EINVAL,
+            f"addr={addr:#x} length={length:#x}: allowed 0 and more, up to {ULONG_MAX:#x}",
+        )
+    return end
 
 
 def _check_prot(prot: int) -> int:

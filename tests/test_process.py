@@ -5,9 +5,22 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from collapse_kit import HPAGE, NR, PAGE, advised, block_bytes, counters, faults, fill
+from collapse_kit import (
+    HPAGE,
+    NR,
+    PAGE,
+    MakeMachine,
+    advised,
+    block_bytes,
+    counters,
+    faults,
+    fill,
+    refused,
+)
+from file_kit import memfd
 
-from pykhuge import Advice, BusError, Machine, Process
+from pykhuge import Advice, BusError, KernelVersion, Machine, Process
+from pykhuge.mm.mm_types import VM_HUGEPAGE
 
 
 @pytest.mark.parametrize(
@@ -197,6 +210,80 @@ def test_advice_on_part_of_a_mapping_ends_there(process: Process, end: int) -> N
     process.madvise(addr, end * PAGE, Advice.MADV_DONTNEED)
     assert process.mm.rss_stat[1] == NR - end
     assert process.read(addr + end * PAGE, HPAGE - end * PAGE) == block_bytes(end, NR - end)
+
+
+TOP = 1 << 64
+TASK_SIZE = 1 << 47
+# What every kernel answers, by advice that does nothing else to these ranges.
+RANGES = {
+    "rounds up to nothing": (0, TOP - 1, errno.EINVAL),
+    "wraps": (PAGE, TOP - PAGE, errno.EINVAL),
+    "ends where addresses do": (TOP - PAGE, PAGE, errno.EINVAL),
+    "is empty at the end": (TOP - PAGE, 0, None),
+    "is negative": (0, -1, errno.EINVAL),
+    "is the last that there can be": (TOP - 2 * PAGE, PAGE, errno.ENOMEM),
+    "begins behind user space": (TASK_SIZE, PAGE, errno.ENOMEM),
+    "lies in the middle of nowhere": (TOP >> 1, PAGE, errno.ENOMEM),
+}
+
+
+@pytest.mark.parametrize("kind", RANGES)
+@pytest.mark.parametrize(
+    "advice",
+    [
+        Advice.MADV_DONTNEED,
+        Advice.MADV_DOFORK,
+        Advice.MADV_REMOVE,
+        Advice.MADV_POPULATE_READ,
+        Advice.MADV_COLLAPSE,
+    ],
+)
+def test_a_range_of_advice_must_not_wrap(process: Process, kind: str, advice: Advice) -> None:
+    """EINVAL where it does; anything else is only a range in which nothing is mapped."""
+    addr, length, number = RANGES[kind]
+    assert refused(lambda: process.madvise(addr, length, advice)) == number
+
+
+@pytest.mark.parametrize("end", [TASK_SIZE, TASK_SIZE + PAGE, TOP - PAGE])
+def test_advice_holds_for_what_is_mapped_wherever_the_range_ends(
+    process: Process, end: int
+) -> None:
+    """ENOMEM comes last, behind gaps and beyond user space; MADV_HWPOISON ends with EFAULT."""
+    addr = process.mmap(4 * PAGE)
+    process.write(addr, block_bytes(0, 4))
+    process.munmap(addr + PAGE, PAGE)
+    for advice in (Advice.MADV_DONTNEED, Advice.MADV_POPULATE_WRITE, Advice.MADV_HUGEPAGE):
+        assert refused(lambda advice=advice: process.madvise(addr, end - addr, advice)) == 12
+        gone = advice is Advice.MADV_DONTNEED
+        assert process.mm.rss_stat[1] == (0 if gone else 3)
+    assert all(vma.vm_flags & VM_HUGEPAGE for vma in process.mm.vmas)
+    behind = addr + 2 * PAGE
+    hwpoison = Advice.MADV_HWPOISON
+    assert refused(lambda: process.madvise(behind, end - behind, hwpoison)) == errno.EFAULT
+    assert process.mem.num_poisoned_pages == 2
+
+
+@pytest.mark.parametrize(("version", "nr"), [((6, 4), 3), ((6, 9), 1)])
+def test_populate_goes_on_behind_a_gap_until_6_9(
+    make_machine: MakeMachine, version: tuple[int, int], nr: int
+) -> None:
+    """VMA by VMA at first, later through the whole range until it fails."""
+    process = make_machine(kernel=KernelVersion.at(*version)).process()
+    addr = process.mmap(4 * PAGE)
+    process.munmap(addr + PAGE, PAGE)
+    write = Advice.MADV_POPULATE_WRITE
+    assert refused(lambda: process.madvise(addr, 4 * PAGE, write)) == errno.ENOMEM
+    assert process.mm.rss_stat[1] == nr
+
+
+def test_remove_goes_on_behind_a_gap(process: Process) -> None:
+    """Every mapping of the range is punched, then it is ENOMEM."""
+    file = memfd(process, range(4), size=4 * PAGE)
+    addr = process.mmap(4 * PAGE, file=file, shared=True)
+    process.munmap(addr + PAGE, PAGE)
+    remove = Advice.MADV_REMOVE
+    assert refused(lambda: process.madvise(addr, 4 * PAGE, remove)) == errno.ENOMEM
+    assert file.f_mapping.nrpages == 1
 
 
 CALLS: dict[str, Callable[[Process], object]] = {

@@ -86,6 +86,11 @@ class KernelVersion:
         "a copy that meets poison has memory_failure() deal with the page",
         unseen="it takes memory that is poisoned",
     )
+    populate_stops_at_gap: bool = _since(
+        "6.9 (631426ba1d45)",
+        "MADV_POPULATE_READ and _WRITE end at the first gap, not behind the last mapping",
+        unseen="layouts have whole mappings populated",
+    )
     lru_batch_of_31: bool = _since(
         "6.9",
         "a CPU collects 31 pages, not 15, before it puts them onto an LRU list",
