@@ -24,6 +24,11 @@ class TraceEvent(Protocol):
         """The event's name in tracefs."""
         ...
 
+    @property
+    def preempt_depth(self) -> int:
+        """How many spinlocks are held where it is told of (CONFIG_PREEMPT_COUNT)."""
+        ...
+
     def body(self) -> str:
         """The text behind the name."""
         ...
@@ -40,9 +45,11 @@ class TraceRecord(NamedTuple):
 
     def __str__(self) -> str:
         seconds, nsec = divmod(self.now_ns, 1_000_000_000)
+        # irqs-off, need-resched, hardirq/softirq, preempt-depth, migrate-disable
+        latency = f"...{self.event.preempt_depth or '.'}."
         return (
-            f"{self.comm:>16}-{self.pid:<7} [{self.cpu:03d}] ..... {seconds:5d}.{nsec // 1000:06d}:"
-            f" {self.event.name}: {self.event.body()}"
+            f"{self.comm:>16}-{self.pid:<7} [{self.cpu:03d}] {latency}"
+            f" {seconds:5d}.{nsec // 1000:06d}: {self.event.name}: {self.event.body()}"
         )
 
 

@@ -43,6 +43,11 @@ class Event:
         """The event's name in tracefs."""
         return type(self).__name__
 
+    @property
+    def preempt_depth(self) -> int:
+        """How many spinlocks are held where it is told of."""
+        return 0
+
 
 @dataclass(slots=True)
 class mm_khugepaged_scan_pmd(Event):  # noqa: N801
@@ -90,6 +95,11 @@ class mm_collapse_huge_page_isolate(Event):  # noqa: N801
     referenced: int
     writable: bool | None
     status: ScanResult
+
+    @property
+    def preempt_depth(self) -> int:
+        """The lock of the page table is held."""
+        return 1
 
     def body(self) -> str:
         """What TP_printk makes of the fields."""

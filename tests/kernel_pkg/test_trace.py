@@ -8,6 +8,7 @@ from pykhuge.kernel.trace import Trace
 
 class Event(NamedTuple):
     number: int
+    preempt_depth: int = 0
 
     @property
     def name(self) -> str:
@@ -36,8 +37,8 @@ def test_columns_widen_as_in_the_kernel() -> None:
     clock.sleep(100_000_000_000)
     trace = Trace(clock)
     trace.emit("a", 1234567, 12, Event(1))
-    trace.emit("sixteen-letters-", 5, 130, Event(2))
+    trace.emit("sixteen-letters-", 5, 130, Event(2, preempt_depth=1))
     assert trace.text() == (
         "               a-1234567 [012] .....   100.000000: event: number=1\n"
-        "sixteen-letters--5       [130] .....   100.000001: event: number=2\n"
+        "sixteen-letters--5       [130] ...1.   100.000001: event: number=2\n"
     )

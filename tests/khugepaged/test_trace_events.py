@@ -228,7 +228,7 @@ def test_line_reads_as_trace_pipe_prints_it(machine: Machine, process: Process) 
         " none_or_zero=4, status=page_not_in_lru, unmapped=5\n"
         f"             app-{pid} [000] .....    12.345679: mm_collapse_huge_page:"
         " mm=000000001234abcd, isolated=0, status=ccgroup_charge_failed\n"
-        f"             app-{pid} [000] .....    12.345680: mm_collapse_huge_page_isolate:"
+        f"             app-{pid} [000] ...1.    12.345680: mm_collapse_huge_page_isolate:"
         " scan_pfn=0x2a, none_or_zero=1, referenced=2, writable=0, status=failed\n"
         f"             app-{pid} [000] .....    12.345681: mm_collapse_huge_page_swapin:"
         " mm=000000001234abcd, swapped_in=6, referenced=7, ret=0\n"
