@@ -188,3 +188,13 @@ def test_the_size_of_a_huge_page_is_an_attribute_too(machine: Machine) -> None:
     assert machine.thp.hpage_pmd_size == 2 << 20
     with pytest.raises(AttributeError, match="hpage_pmd_size=4096: read only"):
         machine.thp.hpage_pmd_size = 4096  # type: ignore[misc]
+
+
+def test_what_the_settings_of_huge_pages_keep_is_what_they_show(machine: Machine) -> None:
+    """use_zero_page is a boolean however it is written; who follows `enabled` is a function."""
+    machine.thp.use_zero_page = 0  # type: ignore[assignment]
+    assert machine.thp.use_zero_page is False
+    with pytest.raises(TypeError, match="on_enabled=None: allowed a function"):
+        machine.thp.on_enabled = None  # type: ignore[assignment]
+    machine.thp.enabled = "never"
+    assert machine.khugepaged.has_work() is False

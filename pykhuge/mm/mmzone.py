@@ -151,6 +151,8 @@ class ThpSettings:
         return HPAGE_PMD_SIZE
 
     def __setattr__(self, name: str, value: object) -> None:
+        if name == "on_enabled" and not callable(value):
+            raise TypeError(f"on_enabled={value!r}: allowed a function of a boolean")
         if name in ("on_enabled", "version"):
             object.__setattr__(self, name, value)
             return
@@ -176,7 +178,7 @@ class ThpSettings:
                 f"not {self.size_shmem_enabled!r}"
             )
         before = getattr(self, name)
-        object.__setattr__(self, name, value)
+        object.__setattr__(self, name, bool(value) if name == "use_zero_page" else value)
         try:
             self._tell(name)
         except WouldBlock:
