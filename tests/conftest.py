@@ -8,6 +8,7 @@ from collapse_kit import MakeMachine, advised, small_machine
 from pykhuge import Machine, Process
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The running kernel is one: what turns its knobs runs on one worker, one after the other."""
     for item in items:

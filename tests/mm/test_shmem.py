@@ -1377,6 +1377,7 @@ class HostFile:
 
 
 @pytest.mark.skipif(not host_has_small_shmem_pages(), reason="memfds of the host have huge pages")
+@pytest.mark.xdist_group("kernel")  # whose knobs decide what blocks a memfd has
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(
