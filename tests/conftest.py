@@ -1,6 +1,7 @@
 """Fixtures of the tests of the model: every machine is audited when its test ends."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from collapse_kit import MakeMachine, advised, small_machine
@@ -8,12 +9,17 @@ from collapse_kit import MakeMachine, advised, small_machine
 from pykhuge import Machine, Process
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """The running kernel is one: what turns its knobs runs on one worker, one after the other."""
-    for item in items:
-        if item.path.parent.name in ("kernel", "conform") or item.path.name == "test_conform.py":
-            item.add_marker(pytest.mark.xdist_group("kernel"))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneForTheKernel(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            turns_knobs = ("tests/kernel/", "tests/conform/", "tests/cli/test_conform")
+            return "kernel" if nodeid.startswith(turns_knobs) else nodeid
+
+    return OneForTheKernel(config, log)
 
 
 @pytest.fixture
