@@ -13,7 +13,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
+from pykhuge.hw.memory import (
+    HPAGE_PMD_NR,
+    HPAGE_PMD_ORDER,
+    HPAGE_PMD_SIZE,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+)
 from pykhuge.kernel.locking import RwSem
 from pykhuge.kernel.panic import KernelBug
 from pykhuge.mm.mm_slot import MAX_PTE_MAPPED_THP
@@ -53,6 +59,7 @@ from pykhuge.mm.page import (
     PG_writeback,
     PG_zone_device,
     compound_head,
+    order_sizes,
 )
 from pykhuge.mm.page_table import (
     PAGE_RW,
@@ -342,7 +349,7 @@ def _check_files(mem: Memory, recount: Recount) -> None:
         else:
             recount.expect(f"{name}: i_writecount", inode.i_writecount, writers[inode])
             under_way = sum(mem.pages.mapping[head] == mapping.key for head in mem.in_flight)
-            huge = len(mapping.i_pages.multi)
+            huge = len(mapping.i_pages.orders)
             if not huge <= mapping.nr_thps <= huge + under_way:
                 recount.expect(f"{name}: nr_thps", mapping.nr_thps, huge)
     recount.expect("vm_committed_as", mem.vm_committed_as, committed)
@@ -362,17 +369,35 @@ def _see_cache(mem: Memory, mapping: AddressSpace, recount: Recount) -> int:
         # The huge page of a collapse under way has one reference, the collapse's.
         settled = pages.flags[pfns] & np.uint32(PG_in_flight) == 0
         recount.references.append(pfns[settled])
-        if len(places) and mapping.i_pages.order(int(places[0])):
-            recount.cached.append(pfns[:1])
-            pfns, places, settled = pfns[:1], places[:1], settled[:1]
-        else:
-            recount.cached.append(pfns[settled])
+        orders = mapping.i_pages.node_orders(int(indexes[0]))
+        _check_values(name, indexes[~present], orders, recount)
+        orders = orders[places % HPAGE_PMD_NR]
+        wrong = pages.order[pfns] != orders
+        recount.findings.extend(
+            f"{name}: the order of page {pfn:#x} is not its entry's"
+            for pfn in pfns[wrong & settled].tolist()
+        )
+        first = places % order_sizes(orders) == 0
+        pfns, places, settled = pfns[first], places[first], settled[first]
+        recount.cached.append(pfns[settled])
         wrong = (pages.mapping[pfns] != mapping.key) | ((pages.index[pfns] != places) & settled)
         recount.findings.extend(
             f"{name}: page {pfn:#x} is cached and does not know it" for pfn in pfns[wrong].tolist()
         )
     recount.expect(f"{name}: nrpages", mapping.nrpages, nrpages + mem.charged_ahead[mapping.key])
     return slots
+
+
+def _check_values(
+    name: str, indexes: Pfns, orders: npt.NDArray[np.uint8], recount: Recount
+) -> None:
+    """What stands for 2**order pages on swap stands at 2**order indexes."""
+    sizes = order_sizes(orders[indexes % HPAGE_PMD_NR])
+    entries, first, found = np.unique(indexes & -sizes, return_index=True, return_counts=True)
+    recount.findings.extend(
+        f"{name}: the value at {index} is not at all of its indexes"
+        for index in entries[found != sizes[first]].tolist()
+    )
 
 
 def _other_references(mem: Memory, recount: Recount) -> None:
@@ -396,6 +421,7 @@ def _check_pages(mem: Memory, recount: Recount, used: Pfns) -> None:
     held = np.uint32(PG_isolated | PG_in_flight | PG_frozen)
     recount.references.append(used[flags & np.uint32(PG_isolated | PG_in_flight) != 0])
     recount.references.append(used[flags & np.uint32(PG_private) != 0])
+    _check_compound(mem, recount, used)
     _check_cached(mem, recount, used)
     _compare(recount, "refcount", pages.refcount, used, np.concatenate(recount.references))
     _compare(recount, "mapcount", pages.mapcount, used, np.concatenate([*recount.mapped, used[:0]]))
@@ -444,6 +470,23 @@ def _check_pages(mem: Memory, recount: Recount, used: Pfns) -> None:
     )
 
 
+def _check_compound(mem: Memory, recount: Recount, used: Pfns) -> None:
+    """The tails of a compound page are those that its order says, and say the same order."""
+    pages = mem.pages
+    compound = used[pages.flags[used] & np.uint32(PG_head | PG_tail) != 0]
+    heads = compound_head(pages, compound)
+    wrong = (pages.flags[heads] & np.uint32(PG_head) == 0) | (
+        pages.order[heads] != pages.order[compound]
+    )
+    wrong |= (compound != heads) != (pages.flags[compound] & np.uint32(PG_tail) != 0)
+    recount.findings.extend(
+        f"page {pfn:#x} is not part of the compound page that it says"
+        for pfn in compound[wrong].tolist()
+    )
+    expected = int(order_sizes(pages.order[heads[compound == heads]]).sum())
+    recount.expect("pages of compound pages", len(compound), expected)
+
+
 def _check_cached(mem: Memory, recount: Recount, used: Pfns) -> None:
     """Pages that name a page cache are in it, or taken out by a collapse under way."""
     pages = mem.pages
@@ -490,11 +533,11 @@ def _check_node_stats(mem: Memory, recount: Recount, used: Pfns) -> None:
     swapbacked = mem.pages.flags[heads] & np.uint32(PG_swapbacked) != 0
     by_pmd = mem.pages.entire_mapcount[used] > 0
     cached = np.isin(used, np.concatenate([*recount.cached, used[:0]]))
-    huge = cached & (flags & np.uint32(PG_head) != 0)
+    huge = cached & (mem.pages.order[used] == HPAGE_PMD_ORDER)
     swapcache = flags & np.uint32(PG_swapcache) != 0
     anon = mem.pages.flags[heads] & np.uint32(PG_anon) != 0
     disk = ~anon & ~swapbacked
-    size = np.where(flags & np.uint32(PG_head), HPAGE_PMD_NR, 1)
+    size = np.where(flags & np.uint32(PG_tail), 0, order_sizes(mem.pages.order[used]))
     by_mask = {
         NR_ANON_MAPPED: (mapped & anon) * 1,
         NR_FILE_MAPPED: (mapped & ~anon) * 1,
@@ -546,13 +589,6 @@ def _check_swap(mem: Memory, recount: Recount, used: Pfns) -> None:
         for slot in value_slots(entries).tolist()
     }
     recount.expect("swap slots of shmem", sorted(device.shmem), sorted(shmem))
-    recount.findings.extend(
-        f"{inode.name}: block {block} is not all on swap"
-        for inode in mem.inodes
-        if isinstance(inode, ShmemInode)
-        for block in inode.swapped_huge
-        if len(value_slots(inode.i_mapping.i_pages.node(block))) < HPAGE_PMD_NR
-    )
     for slot in sorted(set(device.swap_map) | set(recount.slots)):
         recount.expect(f"swap slot {slot}: users", device.swap_map.get(slot), recount.slots[slot])
         if not recount.slots[slot] and slot not in device.cache:
@@ -572,7 +608,7 @@ def _check_swap(mem: Memory, recount: Recount, used: Pfns) -> None:
 def _check_memcgs(mem: Memory, recount: Recount, used: Pfns) -> None:
     charged: Counter[int] = Counter()
     keys = mem.pages.memcg[used]
-    size = np.where(mem.pages.flags[used] & np.uint32(PG_head), HPAGE_PMD_NR, 1)
+    size = order_sizes(mem.pages.order[used])
     for key in np.unique(keys).tolist():
         charged[key] = int(size[keys == key].sum())
     for memcg in mem.memcgs[1:]:

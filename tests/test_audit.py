@@ -572,6 +572,21 @@ def nobodys_slot(files: FileScene) -> None:
     files.shmem.f_mapping.i_pages.store(np.array([40]), -99)
 
 
+def order_of_a_tail(files: FileScene) -> None:
+    files.mem.pages.order[huge_head(files) + 5] = 3
+
+
+def order_of_an_entry(files: FileScene) -> None:
+    files.huge.f_mapping.i_pages.orders[0][:] = 8
+
+
+def part_of_a_value(files: FileScene) -> None:
+    """Eight pages have gone to swap as one, it says; its neighbours know nothing of that."""
+    i_pages = files.shmem.f_mapping.i_pages
+    orders = i_pages.orders[0] = np.zeros(512, np.uint8)
+    orders[i_pages.node(0).argmin()] = 3
+
+
 def lost_slot(files: FileScene) -> None:
     files.mem.swap.shmem.pop()
 
@@ -684,6 +699,9 @@ FILE_CORRUPTIONS: dict[str, tuple[Callable[[FileScene], None], str]] = {
     "page of another file": (cached_elsewhere, r"is cached and does not know it"),
     "index of a cached page": (cached_index, r"is cached and does not know it"),
     "slot without a page": (nobodys_slot, r"swap slot 99: users is None, recount 1"),
+    "order of a tail": (order_of_a_tail, r"is not part of the compound page that it says"),
+    "order of an entry": (order_of_an_entry, r"the order of page 0x[0-9a-f]+ is not its entry's"),
+    "part of a value": (part_of_a_value, r"file: the value at \d+ is not at all of its indexes"),
     "slot not known as shmem's": (lost_slot, r"swap slots of shmem is \[\d\], recount \[\d, \d\]"),
     "PTE lost": (unmapped, r"MM_SHMEMPAGES is \d+, recount \d+"),
     "PMD lost": (unmapped_huge, r"entire_mapcount is 1, recount 0"),

@@ -757,7 +757,8 @@ def test_a_block_on_swap_comes_back_page_by_page_if_it_must(
     block.process.read(block.addr + 3 * PAGE, 1)
     assert not block.process.is_huge(block.addr)
     assert block.file.inode.swapped == NR - 1
-    assert not block.file.inode.swapped_huge
+    i_pages = block.file.f_mapping.i_pages
+    assert not i_pages.orders
 
 
 def test_part_of_a_block_on_swap_is_punched(make_machine: MakeMachine) -> None:

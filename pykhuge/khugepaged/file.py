@@ -9,11 +9,12 @@ what does move (nrpages, the charges of shmem, nr_thps) is put back with the pag
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pykhuge.hw.memory import HPAGE_PMD_NR
+from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_ORDER
 from pykhuge.kernel.locking import WRITE
 from pykhuge.kernel.panic import KernelPanic
 from pykhuge.kernel.sched import Foresee, Preempt, Steps
@@ -48,6 +49,7 @@ from pykhuge.mm.page import (
     PG_swapbacked,
     PG_uptodate,
     PG_writeback,
+    order_sizes,
 )
 from pykhuge.mm.regular_file import filemap_flush, page_cache_sync_readahead
 from pykhuge.mm.rmap import try_to_unmap
@@ -70,11 +72,14 @@ from pykhuge.mm.vmstat import NR_FILE_PAGES, NR_FILE_THPS, NR_SHMEM, NR_SHMEM_TH
 __all__ = [
     "FileCollapse",
     "collapse_file",
+    "expected_refs",
     "fail_stores",
+    "is_huge_there",
     "lock_new_page",
     "nr_thps_dec",
     "nr_thps_inc",
     "take_pages",
+    "takes_large_folios",
     "trace_collapse_file",
 ]
 
@@ -85,7 +90,7 @@ Bools = npt.NDArray[np.bool_]
 class FileCollapse:
     """One collapse_file on its way.
 
-    pages: int64[512], the frame taken out of each place of the cache; 0 where none was.
+    pages: int64[512], the frame taken from each place of the cache; 0 where none was.
     nr_thps: whether the mapping counts the huge page already.
     nr_none: holes that the huge page has been stored in, each charged.
     place: how far the replacing has come; 512 is all.
@@ -257,16 +262,42 @@ def _first_failure(c: FileCollapse, slots: Pfns) -> FirstFailure:
         test(flags & np.uint32(PG_uptodate) == 0, ScanResult.SCAN_FAIL)
     compound = flags & np.uint32(PG_head) != 0
     if compound.any():
-        cached = pages.index[pfns] == c.start
+        cached = is_huge_there(c.mem, pfns, c.start)
         test(compound & cached, ScanResult.SCAN_PTE_MAPPED_HUGEPAGE)
-        test(compound & ~cached, ScanResult.SCAN_PAGE_COMPOUND)
+        if not takes_large_folios(c.mem):
+            test(compound & ~cached, ScanResult.SCAN_PAGE_COMPOUND)
     test(flags & np.uint32(PG_lru) == 0, ScanResult.SCAN_DEL_PAGE_LRU)
     private = flags & np.uint32(PG_private) != 0
     if private.any():
         test(private & (pages.private[pfns] != 0), ScanResult.SCAN_PAGE_HAS_PRIVATE)
-    # With our own pin and the isolation, the cache must be all that refers to it: 3.
-    test(pages.refcount[pfns] - pages.mapcount[pfns] - private != 1, ScanResult.SCAN_PAGE_COUNT)
+    # But for our own pin and the isolation, the cache must be all that refers to it.
+    expected = expected_refs(c.mem, pfns, flags)
+    test(pages.refcount[pfns] != expected, ScanResult.SCAN_PAGE_COUNT)
     return failure
+
+
+def expected_refs(mem: Memory, heads: Pfns, flags: npt.NDArray[np.uint32]) -> npt.NDArray[Any]:
+    """folio_expected_ref_count() of cached pages (int64[n]) with `flags`. Returns: int[n]."""
+    of_others: npt.NDArray[Any] = (flags & np.uint32(PG_private) != 0) + np.int32(1)
+    if np.count_nonzero(flags & np.uint32(PG_head)):
+        of_others = of_others - 1 + order_sizes(mem.pages.order[heads])
+        return of_others + mem.pages.total_mapcounts(heads)
+    return of_others + mem.pages.mapcount[heads]
+
+
+def takes_large_folios(mem: Memory) -> bool:
+    """Whether compound pages that are smaller than a huge page are collapsed, too.
+
+    To replace and freeze pages one by one, as the series does, is not for them.
+    """
+    return mem.version.large_folios and mem.version.collapse_file_keeps_pages
+
+
+def is_huge_there(mem: Memory, heads: Pfns, start: int) -> Bools:
+    """Which of `heads` (int64[n]) are huge pages that begin at page `start`. Returns: bool[n]."""
+    huge: Bools = mem.pages.order[heads] == HPAGE_PMD_ORDER
+    huge &= mem.pages.index[heads] == start
+    return huge
 
 
 def fail_stores(c: FileCollapse, places: Pfns) -> Bools:
@@ -310,7 +341,8 @@ def _fail_at(c: FileCollapse, entry: int, result: ScanResult, *, flush: bool) ->
     del_pages_from_lru(mem, one)
     if result is ScanResult.SCAN_PAGE_COUNT:
         filemap_release_pages(mem, one)
-        try_to_unmap(mem, c.mapping, c.start + c.place, one)
+        frames = np.arange(entry, entry + mem.pages.compound_nr(entry))
+        try_to_unmap(mem, c.mapping, c.start + c.place, frames)
     lru_cache_add(mem, one)
 
 
@@ -402,7 +434,7 @@ def _account(c: FileCollapse) -> None:
     if c.nr_none:
         mem.mod_page(NR_FILE_PAGES, c.hpage, c.nr_none)
         mem.mod_page(NR_SHMEM, c.hpage, c.nr_none)
-    c.mapping.i_pages.store_order_9(c.start, c.hpage)
+    c.mapping.i_pages.store_range(c.start, HPAGE_PMD_NR, c.hpage, HPAGE_PMD_ORDER)
 
 
 def _complete(c: FileCollapse) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pykhuge.hw.memory import HPAGE_PMD_NR
+from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_ORDER
 from pykhuge.kernel.locking import READ, WRITE
 from pykhuge.kernel.sched import Acquire, Foresee, Preempt, Release, Steps
 from pykhuge.khugepaged.alloc import alloc_charge_hpage, put_hpage
@@ -27,12 +27,12 @@ from pykhuge.khugepaged.file import (
 from pykhuge.khugepaged.retract import retract_page_tables
 from pykhuge.khugepaged.scan_result import ScanResult
 from pykhuge.mm.copy_mc import copy_mc_pages
-from pykhuge.mm.filemap import filemap_release_pages, mod_nrpages, unlock_page
+from pykhuge.mm.filemap import file_pages, filemap_release_pages, mod_nrpages, unlock_page
 from pykhuge.mm.gup import UserPages
 from pykhuge.mm.memory_failure import memory_failure_queue
 from pykhuge.mm.mm_types import VM_UFFD_MISSING, File, Mm
 from pykhuge.mm.mmzone import Memory
-from pykhuge.mm.page import Pfns, PG_dirty, PG_in_flight, PG_locked, PG_uptodate
+from pykhuge.mm.page import Pfns, PG_dirty, PG_in_flight, PG_locked, PG_uptodate, order_sizes
 from pykhuge.mm.rmap import try_to_unmap
 from pykhuge.mm.shmem import shmem_charge, shmem_uncharge
 from pykhuge.mm.swap import del_pages_from_lru, lru_add_huge_page, lru_cache_add
@@ -47,7 +47,8 @@ U_UNLOCKED = np.uint32(~PG_locked & 0xFFFFFFFF)
 class KeptPages(FileCollapse):
     """One such collapse on its way.
 
-    held: the old pages, locked, with one reference that stands for our pin and the isolation's.
+    held: the old pages, by their heads, locked, with one reference that stands for our pin and the
+        isolation's.
     charged: holes that the file pays for already; they count in nrpages, too.
     """
 
@@ -127,7 +128,8 @@ def _take(c: FileCollapse, slots: Pfns, first: int, stop: int) -> None:
     assert isinstance(c, KeptPages)
     mem, part = c.mem, slots[first:stop]
     c.nr_none += int(np.count_nonzero(part == 0))
-    pfns = part[part > 0]
+    frames = file_pages(mem, part, np.arange(first, stop))
+    pfns = part[(part > 0) & (frames == part)]
     if not len(pfns):
         return
     mem.pages.flags[pfns] |= U_LOCKED
@@ -135,8 +137,8 @@ def _take(c: FileCollapse, slots: Pfns, first: int, stop: int) -> None:
     c.held.pfns = np.concatenate([c.held.pfns, pfns])
     del_pages_from_lru(mem, pfns)
     filemap_release_pages(mem, pfns)
-    try_to_unmap(mem, c.mapping, c.start + first, part)
-    c.pages[first:stop] = part
+    try_to_unmap(mem, c.mapping, c.start + first, frames)
+    c.pages[first:stop] = frames
 
 
 def _charge_holes(c: KeptPages) -> bool:
@@ -190,7 +192,7 @@ def _store(c: KeptPages) -> None:
     mem, hpage, old = c.mem, c.hpage, c.held.pfns
     for item in (NR_FILE_PAGES,) if c.shmem is None else (NR_FILE_PAGES, NR_SHMEM):
         mem.mod_page(item, hpage, HPAGE_PMD_NR)
-        mem.mod_pages(item, old, -1)
+        mem.mod_pages(item, c.pages[c.pages > 0], -1)
     mem.mod_page(NR_FILE_THPS if c.shmem is None else NR_SHMEM_THPS, hpage, HPAGE_PMD_NR)
     del mem.in_flight[hpage]
     dirty = PG_dirty if c.shmem is not None else 0
@@ -198,11 +200,11 @@ def _store(c: KeptPages) -> None:
     mem.pages.flags[hpage] = flags | np.uint32(PG_uptodate | dirty)
     mem.pages.refcount[hpage] += HPAGE_PMD_NR - 1
     lru_add_huge_page(mem, hpage)
-    c.mapping.i_pages.store_order_9(c.start, hpage)
+    c.mapping.i_pages.store_range(c.start, HPAGE_PMD_NR, hpage, HPAGE_PMD_ORDER)
     mem.charged_ahead[c.mapping.key] -= c.charged
     # The cache's references go with the entries; ours keep the pages until the tables are gone.
     mem.pages.mapping[old] = 0
-    mem.pages.refcount[old] -= 1
+    mem.pages.refcount[old] -= order_sizes(mem.pages.order[old])
 
 
 def _roll_back(c: KeptPages) -> None:

@@ -28,6 +28,7 @@ from pykhuge.mm.page import (
     PG_young,
     PG_zone_device,
     compound_head,
+    order_sizes,
 )
 from pykhuge.mm.page_table import (
     PAGE_ACCESSED,
@@ -172,12 +173,11 @@ class BlockOfPtes:
 
         chosen: the mapped entries to ask about, by their number among these.
         """
-        expected = self.mapcount
+        expected: npt.NDArray[Any] = self.mapcount
         if self.compound:
-            totals = {head: mem.pages.total_mapcount(head) for head in set(self.heads.tolist())}
-            expected = np.array([totals[head] for head in self.heads.tolist()], np.int32)
+            expected = mem.pages.total_mapcounts(self.heads)
         if self.any_flag & PG_swapcache:
-            size = np.where(self.flags & np.uint32(PG_head), HPAGE_PMD_NR, 1)
+            size = order_sizes(mem.pages.order[self.heads])
             expected = expected + (self.flags & U_SWAPCACHE != 0) * size
         unsuitable = mem.pages.refcount[self.heads] != expected
         failure.where(self.mapped[chosen], unsuitable[chosen], ScanResult.SCAN_PAGE_COUNT)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pykhuge.hw.memory import HPAGE_PMD_SIZE
+from pykhuge.hw.memory import HPAGE_PMD_ORDER, HPAGE_PMD_SIZE
 from pykhuge.kernel.locking import READ, WRITE
 from pykhuge.kernel.panic import KernelBug
 from pykhuge.kernel.sched import Acquire, Release, Steps
@@ -25,7 +25,6 @@ from pykhuge.mm.huge_memory import free_page_table, hugepage_vma_check
 from pykhuge.mm.mm_slot import khugepaged_add_pte_mapped_thp
 from pykhuge.mm.mm_types import VM_UFFD_WP, AddressSpace, Mm, Vma
 from pykhuge.mm.mmzone import Memory
-from pykhuge.mm.page import PG_head
 from pykhuge.mm.page_table import U_PRESENT, pte_pfn, pte_pfns
 from pykhuge.mm.rmap import drop_file_ptes, set_pmd
 
@@ -182,7 +181,7 @@ def collapse_pte_mapped_thp(
         return ScanResult.SCAN_PAGE_NULL
     hpage = int(locked.pfns[0])
     try:
-        if not mem.pages.flags[hpage] & PG_head:
+        if mem.pages.order[hpage] != HPAGE_PMD_ORDER:
             at_once = mem.version.retract_without_mmap_lock
             return ScanResult.SCAN_PAGE_COMPOUND if at_once else ScanResult.SCAN_FAIL
         result = yield from _drop_table(mem, vma, addr, hpage)

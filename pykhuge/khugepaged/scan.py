@@ -12,7 +12,13 @@ from pykhuge.kernel.locking import READ
 from pykhuge.kernel.sched import Acquire, Preempt, Release, Steps
 from pykhuge.khugepaged.anon import collapse_huge_page
 from pykhuge.khugepaged.control import CollapseControl
-from pykhuge.khugepaged.file import collapse_file
+from pykhuge.khugepaged.file import (
+    PLACES,
+    collapse_file,
+    expected_refs,
+    is_huge_there,
+    takes_large_folios,
+)
 from pykhuge.khugepaged.file_6_4 import collapse_file_6_4
 from pykhuge.khugepaged.ptes import FirstFailure, shared_folios
 from pykhuge.khugepaged.retract import (
@@ -29,9 +35,9 @@ from pykhuge.khugepaged.trace_events import mm_khugepaged_scan_file, mm_khugepag
 from pykhuge.mm.file_table import hold_file, release_file
 from pykhuge.mm.memory_failure import memory_failure_work
 from pykhuge.mm.mm_slot import khugepaged_add_pte_mapped_thp
-from pykhuge.mm.mm_types import File, Mm, ShmemInode, Vma
+from pykhuge.mm.mm_types import File, Mm, Vma
 from pykhuge.mm.mmzone import NODE_RECLAIM_DISTANCE, Memory
-from pykhuge.mm.page import Pfns, PG_anon, PG_head, PG_locked, PG_lru, PG_private
+from pykhuge.mm.page import PG_anon, PG_head, PG_locked, PG_lru, order_sizes
 from pykhuge.mm.page_table import (
     pte_pfn,
 )
@@ -41,6 +47,7 @@ from pykhuge.mm.vmstat import (
     THP_SCAN_EXCEED_SHARED_PTE,
     THP_SCAN_EXCEED_SWAP_PTE,
 )
+from pykhuge.mm.xarray import XArray
 
 __all__ = ["hpage_collapse_scan", "khugepaged_scan_block", "khugepaged_scan_vma_block"]
 
@@ -242,11 +249,7 @@ def hpage_collapse_scan_file(
 
     Locks: none; the caller holds a reference to `file`.
     """
-    inode = file.inode
-    if isinstance(inode, ShmemInode) and start in inode.swapped_huge:
-        scanned = _scan_huge_value(mem, cc)
-    else:
-        scanned = _scan_entries(mem, file.f_mapping.i_pages.node(start), start, cc)
+    scanned = _scan_entries(mem, file.f_mapping.i_pages, start, cc)
     result = scanned.result
     if result is ScanResult.SCAN_SUCCEED:
         if cc.is_khugepaged and scanned.present < HPAGE_PMD_NR - cc.limit("max_ptes_none"):
@@ -258,7 +261,7 @@ def hpage_collapse_scan_file(
             result = yield from collapse(mem, mm, addr, file, start, cc)
     mem.emit(
         mm_khugepaged_scan_file(
-            mm.hashed_ptr, scanned.page, inode.name, scanned.present, scanned.swap, result
+            mm.hashed_ptr, scanned.page, file.inode.name, scanned.present, scanned.swap, result
         )
     )
     if mem.version.copy_queues_memory_failure:
@@ -275,43 +278,37 @@ class ScannedFile(NamedTuple):
     swap: int
 
 
-def _scan_huge_value(mem: Memory, cc: CollapseControl) -> ScannedFile:
-    """The walk where a single entry of order 9 says that the block is on swap."""
-    result = ScanResult.SCAN_SUCCEED
-    if cc.limit("max_ptes_swap") < HPAGE_PMD_NR:
-        result = ScanResult.SCAN_EXCEED_SWAP_PTE
-        mem.vmstat.count(THP_SCAN_EXCEED_SWAP_PTE)
-    return ScannedFile(result, -1, 0, HPAGE_PMD_NR)
-
-
-def _scan_entries(mem: Memory, slots: Pfns, start: int, cc: CollapseControl) -> ScannedFile:
+def _scan_entries(mem: Memory, i_pages: XArray, start: int, cc: CollapseControl) -> ScannedFile:
     """The walk over the entries that are not holes. Changes: cc.node_load, events.
 
-    A value that exceeds max_ptes_swap stands as -1 in the trace: Linux makes a frame number of it
-    that means nothing.
+    An entry of order k is met once, at its first place, and counts 2**k pages. A value that exceeds
+    max_ptes_swap stands as -1 in the trace: Linux makes a frame number of it that means nothing.
     """
     pages, failure = mem.pages, FirstFailure()
-    values = np.flatnonzero(slots < 0)
+    slots, sizes = i_pages.node(start), order_sizes(i_pages.node_orders(start))
+    met_at = PLACES & -sizes
+    values = met_at[slots < 0]
     failure.beyond(values, cc.limit("max_ptes_swap"), ScanResult.SCAN_EXCEED_SWAP_PTE)
-    places = np.flatnonzero(slots > 0)
+    places = np.flatnonzero((slots > 0) & (met_at == PLACES))
     pfns = slots[places]
     flags = pages.flags[pfns]
     compound = flags & np.uint32(PG_head) != 0
-    cached = pages.index[pfns] == start
-    failure.where(places, compound & cached, ScanResult.SCAN_PTE_MAPPED_HUGEPAGE)
-    failure.where(places, compound & ~cached, ScanResult.SCAN_PAGE_COMPOUND)
+    if compound.any():
+        cached = is_huge_there(mem, pfns, start)
+        failure.where(places, compound & cached, ScanResult.SCAN_PTE_MAPPED_HUGEPAGE)
+        if not takes_large_folios(mem):
+            failure.where(places, compound & ~cached, ScanResult.SCAN_PAGE_COMPOUND)
     nids = mem.nids_of(pfns)
     abort = _scan_abort(mem, nids)
     if abort < len(nids):
         failure.at(int(places[abort]), ScanResult.SCAN_SCAN_ABORT)
     failure.where(places, flags & U_LRU == 0, ScanResult.SCAN_PAGE_LRU)
-    private = flags & np.uint32(PG_private) != 0
-    extra = pages.refcount[pfns] != 1 + pages.mapcount[pfns] + private
+    extra = pages.refcount[pfns] != expected_refs(mem, pfns, flags)
     failure.where(places, extra, ScanResult.SCAN_PAGE_COUNT)
     if failure.result is ScanResult.SCAN_EXCEED_SWAP_PTE:
         mem.vmstat.count(THP_SCAN_EXCEED_SWAP_PTE)
-    present = int(np.searchsorted(places, failure.place))
-    _load_nodes(nids[:present], cc)
+    met = int(np.searchsorted(places, failure.place))
+    _load_nodes(nids[:met], cc)
     page = int(slots[failure.place]) if failure.place < HPAGE_PMD_NR else -1
     swap = int(np.searchsorted(values, failure.place, side="right"))
-    return ScannedFile(failure.result, max(page, -1), present, swap)
+    return ScannedFile(failure.result, max(page, -1), int(sizes[places[:met]].sum()), swap)

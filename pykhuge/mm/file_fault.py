@@ -20,7 +20,7 @@ from pykhuge.hw.memory import (
 )
 from pykhuge.mm.copy_mc import copy_mc_page
 from pykhuge.mm.errors import BUS_ADRERR, BUS_MCEERR_AR, BusError, PageLocked, UserFault
-from pykhuge.mm.filemap import file_page
+from pykhuge.mm.filemap import file_page, file_pages
 from pykhuge.mm.huge_memory import OutOfMemory, transhuge_vma_suitable, vma_thp_disabled
 from pykhuge.mm.mm_types import (
     VM_HUGEPAGE,
@@ -152,7 +152,7 @@ def _comes_huge(mem: Memory, vma: Vma, inode: ShmemInode, index: int) -> bool:
     entry = inode.i_mapping.i_pages.load(index)
     if entry == 0:
         return shmem_allocates_huge(mem, inode, index, vma)
-    return entry < 0 and index & -HPAGE_PMD_NR in inode.swapped_huge
+    return entry < 0 and inode.i_mapping.i_pages.order(index) == HPAGE_PMD_ORDER
 
 
 def do_fault(
@@ -246,11 +246,11 @@ def _cached(mem: Memory, vma: Vma, index: int, nr: int) -> Pfns:
     for start in range(index & -HPAGE_PMD_NR, index + nr, HPAGE_PMD_NR):
         low, high = max(index, start), min(index + nr, start + HPAGE_PMD_NR, end)
         if low < high:
-            part = mapping.i_pages.node(low)[low - start : high - start]
-            if mapping.i_pages.order(low):
-                part = part + np.arange(low - start, high - start)
-            found[low - index : high - index] = part
+            found[low - index : high - index] = mapping.i_pages.node(low)[
+                low - start : high - start
+            ]
     found[found < 0] = 0
+    found = file_pages(mem, found, np.arange(index, index + nr))
     flags = mem.pages.flags[compound_head(mem.pages, found)]
     flags |= mem.pages.flags[found] & np.uint32(PG_hwpoison)
     found[flags & np.uint32(PG_locked | PG_uptodate | PG_hwpoison) != PG_uptodate] = 0

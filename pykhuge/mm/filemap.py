@@ -1,9 +1,10 @@
 """The page cache of a file: what goes in, is found, is truncated (mm/filemap.c, mm/truncate.c).
 
-A cached page has one reference from the cache (a huge page 512), names its AddressSpace in
-page->mapping, and counts in NR_FILE_PAGES, shmem pages in NR_SHMEM too. A page that is locked is
-somebody's: whoever wants it waits and looks anew, because it may be another one by then. While a
-collapse is under way, its new huge page stands locked, and not up to date, in all 512 slots.
+A cached page has one reference from the cache (a compound page one for each of its pages), names
+its AddressSpace in page->mapping, and counts in NR_FILE_PAGES, shmem pages in NR_SHMEM too. A page
+that is locked is somebody's: whoever wants it waits and looks anew, because it may be another one
+by then. While a collapse is under way, its new huge page stands locked, and not up to date, in all
+512 slots.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pykhuge.hw.memory import HPAGE_PMD_NR, PAGE_SHIFT, PAGE_SIZE
+from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_ORDER, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.kernel.locking import READ
 from pykhuge.kernel.sched import Acquire, Foresee, Release, Steps, Until
 from pykhuge.mm.errors import PageLocked
@@ -34,6 +35,8 @@ from pykhuge.mm.page import (
     PG_tail,
     PG_unevictable,
     PG_writeback,
+    compound_head,
+    order_sizes,
 )
 from pykhuge.mm.page_table import pmd_trans_huge, pte_pfn
 from pykhuge.mm.page_writeback import clear_page_dirty, finish_io, set_page_dirty
@@ -48,26 +51,29 @@ from pykhuge.mm.vmstat import (
     THP_SPLIT_PAGE,
     THP_SPLIT_PAGE_FAILED,
 )
-from pykhuge.mm.xarray import SHADOW, value_slots
+from pykhuge.mm.xarray import SHADOW, piece_orders, value_slots
 from pykhuge.mm.zap import unmap_mapping_range
 
 __all__ = [
-    "add_huge_to_page_cache",
+    "add_compound_to_page_cache",
     "add_to_page_cache",
     "drop_cache",
+    "file_end",
     "file_page",
+    "file_pages",
     "filemap_releasable",
     "filemap_release_pages",
-    "filemap_remove_huge",
+    "filemap_remove_compound",
     "filemap_remove_pages",
     "find_page",
     "foresee_page_locks",
     "mod_nr_thps",
     "mod_nrpages",
     "mod_swapped",
-    "split_huge_file_page",
+    "split_file_page",
     "truncate_pages",
     "unlock_page",
+    "unmap_compound",
     "wait_on_page",
     "wait_on_page_writeback",
     "when_unlocked",
@@ -82,7 +88,15 @@ U_LOCKED = np.uint32(PG_locked)
 
 def file_page(mem: Memory, entry: int, index: int) -> int:
     """folio_file_page(): the frame of page `index` behind a cache entry that is a page."""
-    return entry + index % HPAGE_PMD_NR if mem.pages.flags[entry] & PG_head else entry
+    return entry + index % mem.pages.compound_nr(entry)
+
+
+def file_pages(mem: Memory, entries: Pfns, indexes: Pfns) -> Pfns:
+    """`file_page` of many entries (int64[n], no values), those that are holes stay 0."""
+    orders = mem.pages.order[entries]
+    if not np.count_nonzero(orders):
+        return entries
+    return entries + (indexes & order_sizes(orders) - 1)
 
 
 def find_page(mem: Memory, mapping: AddressSpace, index: int) -> int | None:
@@ -149,17 +163,28 @@ def add_to_page_cache(mem: Memory, mapping: AddressSpace, indexes: Pfns, pfns: P
     mod_nrpages(mem, mapping, len(pfns))
 
 
-def add_huge_to_page_cache(mem: Memory, mapping: AddressSpace, index: int, head: int) -> None:
-    """A new huge page of shmem enters the cache; 512 references more."""
-    pages = mem.pages
+def add_compound_to_page_cache(mem: Memory, mapping: AddressSpace, index: int, head: int) -> None:
+    """A new compound page of shmem enters the cache, over holes or values."""
+    pages, nr = mem.pages, mem.pages.compound_nr(head)
     pages.mapping[head] = mapping.key
     pages.index[head] = index
-    pages.refcount[head] += HPAGE_PMD_NR
+    pages.refcount[head] += nr
     pages.flags[head] |= np.uint32(PG_swapbacked)
-    for item in (NR_SHMEM, NR_FILE_PAGES, NR_SHMEM_THPS):
-        mem.mod_page(item, head, HPAGE_PMD_NR)
-    mapping.i_pages.store_order_9(index, head)
-    mod_nrpages(mem, mapping, HPAGE_PMD_NR)
+    mem.mod_page(NR_SHMEM, head, nr)
+    mem.mod_page(NR_FILE_PAGES, head, nr)
+    _count_huge(mem, mapping, head, +1)
+    mapping.i_pages.store_range(index, nr, head, int(pages.order[head]))
+    mod_nrpages(mem, mapping, nr)
+
+
+def _count_huge(mem: Memory, mapping: AddressSpace, head: int, sign: int) -> None:
+    """A compound page comes into the cache, or goes; those smaller than a PMD count nowhere."""
+    if mem.pages.order[head] != HPAGE_PMD_ORDER:
+        return
+    shmem = isinstance(mapping.host, ShmemInode)
+    mem.mod_page(NR_SHMEM_THPS if shmem else NR_FILE_THPS, head, sign * HPAGE_PMD_NR)
+    if not shmem:
+        mod_nr_thps(mem, mapping, sign)
 
 
 def filemap_remove_pages(
@@ -182,19 +207,17 @@ def filemap_remove_pages(
     put_pages(mem, pfns)
 
 
-def filemap_remove_huge(mem: Memory, mapping: AddressSpace, index: int, head: int) -> None:
-    """A huge page leaves the cache, with the cache's 512 references."""
-    shmem = isinstance(mapping.host, ShmemInode)
-    mem.mod_page(NR_FILE_PAGES, head, -HPAGE_PMD_NR)
-    mem.mod_page(NR_SHMEM_THPS if shmem else NR_FILE_THPS, head, -HPAGE_PMD_NR)
-    if shmem:
-        mem.mod_page(NR_SHMEM, head, -HPAGE_PMD_NR)
-    else:
-        mod_nr_thps(mem, mapping, -1)
-    mem.pages.mapping[head] = 0
-    mapping.i_pages.store_order_9(index, 0)
-    mod_nrpages(mem, mapping, -HPAGE_PMD_NR)
-    mem.pages.refcount[head] -= HPAGE_PMD_NR - 1
+def filemap_remove_compound(mem: Memory, mapping: AddressSpace, head: int) -> None:
+    """`filemap_remove_pages` of a compound page."""
+    pages, nr = mem.pages, mem.pages.compound_nr(head)
+    mem.mod_page(NR_FILE_PAGES, head, -nr)
+    if isinstance(mapping.host, ShmemInode):
+        mem.mod_page(NR_SHMEM, head, -nr)
+    _count_huge(mem, mapping, head, -1)
+    pages.mapping[head] = 0
+    mapping.i_pages.store_range(int(pages.index[head]), nr, 0, 0)
+    mod_nrpages(mem, mapping, -nr)
+    pages.refcount[head] -= nr - 1
     put_pages(mem, np.array([head]))
 
 
@@ -213,49 +236,92 @@ def filemap_release_pages(mem: Memory, pfns: Pfns) -> None:
     mem.pages.refcount[private] -= 1
 
 
-def split_huge_file_page(
-    mem: Memory, mapping: AddressSpace, head: int, *, pinned: int | None = None
+def split_file_page(
+    mem: Memory,
+    mapping: AddressSpace,
+    head: int,
+    *,
+    around: int | None = None,
+    pinned: int | None = None,
+    to_swap: bool = False,
 ) -> bool:
-    """split_huge_page() of a cached huge page: 512 small ones in its place, mapped by nobody.
+    """split_huge_page(), folio_split() of a cached compound page; nobody maps what comes of it.
 
-    Pages behind the end of the file leave the cache. False if somebody else refers to it.
+    Pieces behind the end of the file leave the cache. False if somebody else refers to the page.
 
     Args:
-        pinned: subpage to which the caller has a reference, which it keeps.
+        around: subpage that alone becomes a small page; the rest stays as large as it can
+            (Linux 6.15). All become small if not given.
+        pinned: subpage to which the caller has a reference, which it keeps with its piece.
+        to_swap: it is swapped out as one: its pages are told apart, but it is not split by name.
     """
-    pages, index = mem.pages, int(mem.pages.index[head])
-    expected = HPAGE_PMD_NR + pages.total_mapcount(head) + (pinned is not None)
+    pages, index, nr = mem.pages, int(mem.pages.index[head]), mem.pages.compound_nr(head)
+    told = nr == HPAGE_PMD_NR and not to_swap
+    expected = nr + pages.total_mapcount(head) + (pinned is not None)
     if pages.flags[head] & PG_locked or pages.refcount[head] != expected:
-        mem.vmstat.count(THP_SPLIT_PAGE_FAILED)
+        mem.vmstat.count(THP_SPLIT_PAGE_FAILED, told)
         return False
+    unmap_compound(mem, mapping, head)
+    mem.vmstat.count(THP_SPLIT_PAGE, told)
+    _count_huge(mem, mapping, head, -1)
+    orders = np.zeros(nr, np.uint8)
+    if around is not None:
+        orders = piece_orders(int(pages.order[head]), around - head)
+    subpages = np.arange(head, head + nr)
+    _make_pieces(mem, subpages, orders)
+    if pinned is not None:
+        pages.refcount[pages.head_of(pinned)] += 1
+    entries = compound_head(pages, subpages)
+    mapping.i_pages.store_range(index, nr, entries, orders)
+    _remove_behind_end(mem, mapping, np.unique(entries))
+    return True
+
+
+def unmap_compound(mem: Memory, mapping: AddressSpace, head: int) -> None:
+    """unmap_folio(): nobody maps the cached compound page any more."""
+    index = int(mem.pages.index[head])
     for vma in mapping.i_mmap:
         addr = vma.address_of(index)
         pmd = pmd_of(mem, vma.mm, addr) if vma.vm_start <= addr < vma.vm_end else None
         if pmd and pmd_trans_huge(pmd) and pte_pfn(pmd) == head:
             split_huge_pmd(mem, vma, addr)
-    subpages = np.arange(head, head + HPAGE_PMD_NR)
-    try_to_unmap(mem, mapping, index, subpages)
-    mem.vmstat.count(THP_SPLIT_PAGE)
-    shmem = isinstance(mapping.host, ShmemInode)
-    mem.mod_page(NR_SHMEM_THPS if shmem else NR_FILE_THPS, head, -HPAGE_PMD_NR)
-    if not shmem:
-        mod_nr_thps(mem, mapping, -1)
+    try_to_unmap(mem, mapping, index, np.arange(head, head + mem.pages.compound_nr(head)))
+
+
+def _make_pieces(mem: Memory, subpages: Pfns, orders: npt.NDArray[np.uint8]) -> None:
+    """__split_folio_to_order(): `subpages` (int64[n]) of one compound page get `orders` (uint8[n]).
+
+    The pieces are what the page was, and have the references of the cache alone.
+    """
+    pages, head = mem.pages, int(subpages[0])
+    index = int(pages.index[head])
+    pages.order[subpages] = orders
+    sizes = order_sizes(orders)
+    first = subpages % sizes == 0
     gone = PG_head | PG_tail | PG_mlocked | PG_unevictable | PG_has_hwpoisoned | PG_hwpoison
+    kept = np.where(sizes > 1, PG_head, 0) | int(pages.flags[head]) & ~gone
     own = pages.flags[subpages] & np.uint32(PG_hwpoison)
-    pages.flags[subpages] = pages.flags[head] & np.uint32(~gone & 0xFFFFFFFF) | own
-    pages.refcount[subpages] = 1
-    if pinned is not None:
-        pages.refcount[pinned] += 1
-    pages.mapping[subpages] = mapping.key
-    indexes = pages.index[subpages] = index + np.arange(HPAGE_PMD_NR)
-    pages.memcg[subpages] = pages.memcg[head]
-    pages.lru_seq[subpages] = pages.lru_seq[head]
-    mapping.i_pages.split(index)[:] = subpages
+    pages.flags[subpages] = own | np.where(first, kept, PG_tail).astype(np.uint32)
+    pages.refcount[subpages] = np.where(first, sizes, 0)
+    pages.index[subpages] = index + subpages - head
+    for name in ("mapping", "memcg", "lru_seq"):
+        values = getattr(pages, name)
+        values[subpages] = np.where(first, values[head], 0)
+
+
+def file_end(mapping: AddressSpace) -> int:
+    """The first page index behind the file, and what was preallocated of it (shmem_fallocend)."""
     end = -(-mapping.host.i_size // PAGE_SIZE)
-    if isinstance(mapping.host, ShmemInode):
-        end = max(end, mapping.host.fallocend)
-    filemap_remove_pages(mem, mapping, indexes[indexes >= end], subpages[indexes >= end])
-    return True
+    return max(end, mapping.host.fallocend) if isinstance(mapping.host, ShmemInode) else end
+
+
+def _remove_behind_end(mem: Memory, mapping: AddressSpace, heads: Pfns) -> None:
+    """The pieces that lie behind the end of the file leave the cache."""
+    behind = heads[mem.pages.index[heads] >= file_end(mapping)]
+    small = behind[mem.pages.order[behind] == 0]
+    filemap_remove_pages(mem, mapping, mem.pages.index[small], small)
+    for head in behind[mem.pages.order[behind] > 0].tolist():
+        filemap_remove_compound(mem, mapping, head)
 
 
 def foresee_page_locks(mem: Memory, mapping: AddressSpace, first: int, last: int) -> Steps[None]:
@@ -292,34 +358,36 @@ def _remove_range(mem: Memory, mapping: AddressSpace, first: int, last: int) -> 
     """Remove what is not locked; returns a page that is."""
     busy: int | None = None
     for indexes, entries in mapping.i_pages.entries(first, last):
-        if mapping.i_pages.order(int(indexes[0])):
-            busy = _remove_huge(mem, mapping, indexes, int(entries[0])) or busy
-        else:
-            busy = _remove_small(mem, mapping, indexes, entries) or busy
+        large = mapping.i_pages.node_orders(int(indexes[0]))[indexes % HPAGE_PMD_NR] > 0
+        large &= entries > 0
+        for head in np.unique(entries[large]).tolist():
+            busy = _remove_compound(mem, mapping, first, last, head) or busy
+        busy = _remove_small(mem, mapping, indexes[~large], entries[~large]) or busy
     return busy
 
 
-def _remove_huge(mem: Memory, mapping: AddressSpace, indexes: Pfns, head: int) -> int | None:
-    """Remove a huge page, or some of its pages after splitting it; returns it if it is locked.
+def _remove_compound(
+    mem: Memory, mapping: AddressSpace, first: int, last: int, head: int
+) -> int | None:
+    """Remove a compound page, or what of it lies in [first, last); returns it if it is locked.
 
-    One that cannot be split is zeroed where the pages would have gone.
+    One that cannot be split is zeroed where its pages would have gone.
     Kernel: truncate_inode_partial_folio.
     """
-    index = int(indexes[0])
     if mem.pages.flags[head] & PG_locked:
         return head
-    if len(indexes) == HPAGE_PMD_NR:
+    index, nr = int(mem.pages.index[head]), mem.pages.compound_nr(head)
+    first, last = max(first, index), min(last, index + nr)
+    if last - first == nr:
         # Somebody may have mapped it again meanwhile (truncate_cleanup_folio).
-        unmap_mapping_range(mem, mapping, index, index + HPAGE_PMD_NR, even_cows=False)
-        filemap_remove_huge(mem, mapping, index, head)
+        unmap_mapping_range(mem, mapping, first, last, even_cows=False)
+        filemap_remove_compound(mem, mapping, head)
         return None
     if isinstance(mapping.host, ShmemInode):
         set_page_dirty(mem, np.array([head]))
-    if split_huge_file_page(mem, mapping, head):
-        pfns = mapping.i_pages.node(index)[indexes % HPAGE_PMD_NR]
-        _remove_small(mem, mapping, indexes[pfns != 0], pfns[pfns != 0])
-    else:
-        mem.ram.pages[head + indexes % HPAGE_PMD_NR] = 0
+    if split_file_page(mem, mapping, head):
+        return _remove_range(mem, mapping, first, last)
+    mem.ram.pages[head + first - index : head + last - index] = 0
     return None
 
 
@@ -371,7 +439,7 @@ def drop_cache(mem: Memory, mapping: AddressSpace) -> None:
         head = int(entries[0])
         idle = mem.pages.refcount[head] == HPAGE_PMD_NR
         if idle and not mem.pages.flags[head] & PG_locked:
-            filemap_remove_huge(mem, mapping, int(indexes[0]), head)
+            filemap_remove_compound(mem, mapping, head)
 
 
 def _drop_small(mem: Memory, mapping: AddressSpace, indexes: Pfns, entries: Pfns) -> None:

@@ -329,6 +329,7 @@ def split_huge_page(
     gone = PG_head | PG_tail | PG_mlocked | PG_unevictable | PG_has_hwpoisoned
     kept = np.uint32(~gone & 0xFFFFFFFF) & ~own
     pages.flags[subpages] = pages.flags[head] & kept | pages.flags[subpages] & own
+    pages.order[subpages] = 0
     pages.refcount[subpages] = pages.mapcount[subpages]
     if pinned is not None:
         pages.refcount[pinned] += 1

@@ -24,7 +24,7 @@ from pykhuge.mm.errors import BUS_MCEERR_AO, BUS_MCEERR_AR, EHWPOISON, Signal
 from pykhuge.mm.filemap import (
     filemap_release_pages,
     filemap_remove_pages,
-    split_huge_file_page,
+    split_file_page,
     wait_on_page,
     wait_on_page_writeback,
 )
@@ -193,7 +193,7 @@ def try_to_split_thp_page(mem: Memory, pfn: int) -> Steps[bool]:
     yield from wait_on_page(mem, head)
     mapping = mem.mappings.get(int(mem.pages.mapping[head]))
     if isinstance(mapping, AddressSpace):
-        split = split_huge_file_page(mem, mapping, head, pinned=pfn)
+        split = split_file_page(mem, mapping, head, pinned=pfn)
     else:
         split = split_huge_page(mem, head, pinned=pfn)
     if not split:

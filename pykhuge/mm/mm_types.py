@@ -179,9 +179,7 @@ class ShmemSuperBlock:
 class ShmemInode(Inode):
     """struct shmem_inode_info. alloced: pages charged. swapped: pages that are on swap.
 
-    fallocend: first page index behind what was ever preallocated. swapped_huge: first page of
-    each block that went to swap as one (an entry of order 9).
-
+    fallocend: first page index behind what was ever preallocated.
     flags: VM_NORESERVE if pages are committed one by one, else the whole size was beforehand.
     """
 
@@ -189,7 +187,6 @@ class ShmemInode(Inode):
     alloced: int = 0
     fallocend: int = 0
     swapped: int = 0
-    swapped_huge: set[int] = field(default_factory=set)
     flags: int = VM_NORESERVE
 
 

@@ -3,7 +3,7 @@
 A free page has neither flags nor references, and every array starts as zeros that cost nothing, so
 that a large machine costs nothing until it is used. Work on many pages is done on whole arrays; a
 compound page keeps its state on the head, except for `mapcount` and PG_anon_exclusive, which each
-subpage has for itself.
+subpage has for itself. It is 1 << `order` pages long and begins at a multiple of that.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from pykhuge.hw.memory import HPAGE_PMD_NR, lazy_zeros
+from pykhuge.hw.memory import lazy_zeros
 
 __all__ = [
     "GUP_PIN_COUNTING_BIAS",
@@ -47,6 +47,7 @@ __all__ = [
     "Pages",
     "Pfns",
     "compound_head",
+    "order_sizes",
 ]
 
 Pfns = npt.NDArray[np.int64]
@@ -105,6 +106,7 @@ class Pages:
     private: int64, swap slot of a page in the swap cache.
     memcg: int16, key of the memory cgroup that is charged; 0 is none.
     lru_seq: int64, when the page went onto its LRU list: the list's order.
+    order: uint8, of the compound page, the same on head and tails; 0 of a base page.
     """
 
     def __init__(self, nr_pages: int) -> None:
@@ -122,6 +124,7 @@ class Pages:
         self.private = cast("npt.NDArray[np.int64]", field(np.int64))
         self.memcg = cast("npt.NDArray[np.int16]", field(np.int16))
         self.lru_seq = cast("npt.NDArray[np.int64]", field(np.int64))
+        self.order = cast("npt.NDArray[np.uint8]", field(np.uint8))
 
     def add_refs(self, pfns: Pfns, delta: int) -> None:
         """page_ref_add() of each of `pfns` (int64[n], distinct); subpages mean their head."""
@@ -135,12 +138,12 @@ class Pages:
         return bool(self.flags[pfn] & (PG_head | PG_tail))
 
     def compound_nr(self, pfn: int) -> int:
-        """Pages in the compound page of which `pfn` is the head; 1 for a base page."""
-        return HPAGE_PMD_NR if self.flags[pfn] & PG_head else 1
+        """Pages in the compound page that `pfn` is part of; 1 for a base page."""
+        return 1 << int(self.order[pfn])
 
     def head_of(self, pfn: int) -> int:
         """compound_head() of one page."""
-        return pfn & -HPAGE_PMD_NR if self.flags[pfn] & PG_tail else pfn
+        return pfn & -1 << int(self.order[pfn])
 
     def page_mapcount(self, pfn: int) -> int:
         """page_mapcount(): how often this very page is mapped, by PTEs and by PMDs."""
@@ -151,7 +154,18 @@ class Pages:
         """total_mapcount(): PTEs and PMDs that map any part of the compound page."""
         if not self.flags[head] & PG_head:
             return int(self.mapcount[head])
-        return int(self.entire_mapcount[head] + self.mapcount[head : head + HPAGE_PMD_NR].sum())
+        parts = self.mapcount[head : head + self.compound_nr(head)]
+        return int(self.entire_mapcount[head] + parts.sum())
+
+    def total_mapcounts(self, heads: Pfns) -> npt.NDArray[np.int64]:
+        """`total_mapcount` of many (int64[n], maybe repeated). Returns: int64[n]."""
+        totals = self.mapcount[heads].astype(np.int64)
+        compound = self.order[heads] != 0
+        if np.count_nonzero(compound):
+            found, which = np.unique(heads[compound], return_inverse=True)
+            counts = np.array([self.total_mapcount(head) for head in found.tolist()])
+            totals[compound] = counts[which]
+        return totals
 
     def maybe_dma_pinned(self, head: int) -> bool:
         """page_maybe_dma_pinned(): exact for compound pages, else a guess from the refcount."""
@@ -160,6 +174,11 @@ class Pages:
         return bool(self.refcount[head] >= GUP_PIN_COUNTING_BIAS)
 
 
+def order_sizes(orders: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """Pages in compound pages of `orders` (uint8[n]). Returns: int64[n]."""
+    return np.left_shift(np.int64(1), orders)
+
+
 def compound_head(pages: Pages, pfns: Pfns) -> Pfns:
     """compound_head() of many pages. pfns: int64[n]. Returns: int64[n]."""
-    return np.where(pages.flags[pfns] & PG_tail, pfns & -HPAGE_PMD_NR, pfns)
+    return pfns & np.left_shift(np.int64(-1), pages.order[pfns])

@@ -1,9 +1,9 @@
-"""The page allocator: orders 0 and 9, by node, and the memory cgroup charge.
+"""The page allocator, by node, and the memory cgroup charge.
 
 A frame is free when its refcount and flags are both 0, so nothing has to be kept but the number of
 used frames of each 2 MiB block. Single frames come from the first block that is already broken
-into; an order-9 page needs a block of which nothing is used, so fragmentation is real. There is no
-compaction and no reclaim.
+into; an order-9 page needs a block of which nothing is used, so fragmentation is real. A smaller
+compound page takes the first run that is free and in line. There is no compaction and no reclaim.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Collection
 import numpy as np
 import numpy.typing as npt
 
-from pykhuge.hw.memory import HPAGE_PMD_NR
+from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_ORDER
 from pykhuge.kernel.panic import KernelBug
 from pykhuge.mm.mm_types import MemCgroup
 from pykhuge.mm.mmzone import Memory, Node
@@ -21,10 +21,11 @@ from pykhuge.mm.page import Pfns, PG_head, PG_hwpoison, PG_tail, PG_zone_device
 from pykhuge.mm.vmstat import NR_FREE_PAGES
 
 __all__ = [
+    "alloc_compound_page",
     "alloc_huge_page",
     "alloc_pages",
     "charge",
-    "free_huge_page",
+    "free_compound_page",
     "free_pages",
     "put_page_back_buddy",
     "take_page_off_buddy",
@@ -76,16 +77,42 @@ def alloc_huge_page(
         if nodemask is not None and node.nid not in nodemask:
             continue
         block = _first_block(node, node.used[: node.high] == 0)
-        if block is None:
-            continue
-        node.used[block] = HPAGE_PMD_NR
-        head = node.start_pfn + block * HPAGE_PMD_NR
-        mem.pages.flags[head] = U_HEAD
-        mem.pages.flags[head + 1 : head + HPAGE_PMD_NR] = U_TAIL
-        mem.pages.refcount[head] = 1
-        mem.vmstat.mod_node(NR_FREE_PAGES, -HPAGE_PMD_NR, node.nid)
-        return head
+        if block is not None:
+            head = node.start_pfn + block * HPAGE_PMD_NR
+            _take_compound_page(mem, node, head, HPAGE_PMD_ORDER)
+            return head
     return None
+
+
+def alloc_compound_page(mem: Memory, order: int, nid: int = 0) -> int | None:
+    """`alloc_huge_page` of any order from 1 on."""
+    if order == HPAGE_PMD_ORDER:
+        return alloc_huge_page(mem, nid)
+    nr = 1 << order
+    for node in zonelist(mem, nid):
+        used = node.used[: node.high]
+        broken = np.flatnonzero((used > 0) & (used <= HPAGE_PMD_NR - nr)).tolist()
+        unbroken = _first_block(node, used == 0)
+        for block in [*broken, unbroken]:
+            if block is None:
+                continue
+            start = node.start_pfn + block * HPAGE_PMD_NR
+            free: Mask = np.logical_and.reduce(_free_in(mem, start).reshape(-1, nr), axis=1)
+            run = _first(free)
+            if run is not None:
+                _take_compound_page(mem, node, start + run * nr, order)
+                return int(start + run * nr)
+    return None
+
+
+def _take_compound_page(mem: Memory, node: Node, head: int, order: int) -> None:
+    pages, nr = mem.pages, 1 << order
+    node.used[(head - node.start_pfn) // HPAGE_PMD_NR] += nr
+    pages.flags[head] = U_HEAD
+    pages.flags[head + 1 : head + nr] = U_TAIL
+    pages.order[head : head + nr] = order
+    pages.refcount[head] = 1
+    mem.vmstat.mod_node(NR_FREE_PAGES, -nr, node.nid)
 
 
 def free_pages(mem: Memory, pfns: Pfns) -> None:
@@ -120,29 +147,31 @@ def free_pages(mem: Memory, pfns: Pfns) -> None:
             mem.vmstat.mod_node(NR_FREE_PAGES, len(own), node.nid)
 
 
-def free_huge_page(mem: Memory, head: int) -> None:
-    """Give an order-9 page back, charge and all.
+def free_compound_page(mem: Memory, head: int) -> None:
+    """Give a compound page of any order back, charge and all.
 
     Raises: KernelBug if it is still referenced or mapped.
     """
     pages = mem.pages
-    whole = slice(head, head + HPAGE_PMD_NR)
+    nr = pages.compound_nr(head)
+    whole = slice(head, head + nr)
     if (
         pages.refcount[head]
         or pages.entire_mapcount[head]
         or pages.mapcount[whole].any()
         or pages.pincount[head]
     ):
-        raise KernelBug(f"huge page {head:#x} is freed while in use")
-    uncharge(mem, int(pages.memcg[head]), HPAGE_PMD_NR)
+        raise KernelBug(f"compound page {head:#x} is freed while in use")
+    uncharge(mem, int(pages.memcg[head]), nr)
     pages.memcg[head] = 0
     bad = pages.flags[whole] & np.uint32(PG_hwpoison)
     pages.flags[whole] = bad
+    pages.order[whole] = 0
     pages.mapping[head] = 0
     node = mem.nodes[mem.nid_of(head)]
-    nr_bad = int(np.count_nonzero(bad))
-    node.used[(head - node.start_pfn) // HPAGE_PMD_NR] = nr_bad
-    mem.vmstat.mod_node(NR_FREE_PAGES, HPAGE_PMD_NR - nr_bad, node.nid)
+    nr_freed = nr - int(np.count_nonzero(bad))
+    node.used[(head - node.start_pfn) // HPAGE_PMD_NR] -= nr_freed
+    mem.vmstat.mod_node(NR_FREE_PAGES, nr_freed, node.nid)
 
 
 def take_page_off_buddy(mem: Memory, pfn: int) -> bool:

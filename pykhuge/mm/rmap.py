@@ -428,18 +428,20 @@ def mapped_by_another(mem: Memory, mm: Mm, head: int) -> bool:
 
 
 def _maps_part(mem: Memory, vma: Vma, head: int) -> bool:
+    nr = mem.pages.compound_nr(head)
     start = vma.address_of(int(mem.pages.index[head]))
-    low, high = max(start, vma.vm_start), min(start + HPAGE_PMD_SIZE, vma.vm_end)
-    for first in range(low & -HPAGE_PMD_SIZE, high, HPAGE_PMD_SIZE):
-        pmd = pmd_of(mem, vma.mm, first)
+    for low, high in each_block(
+        max(start, vma.vm_start), min(start + (nr << PAGE_SHIFT), vma.vm_end)
+    ):
+        pmd = pmd_of(mem, vma.mm, low)
         if not pmd:
             continue
         if pmd_trans_huge(pmd):
             if pte_pfn(pmd) == head:
                 return True
             continue
-        ptes = ptes_of(mem, vma.mm, max(low, first), min(high, first + HPAGE_PMD_SIZE))
-        mapped = (ptes & U_PRESENT != 0) & (pte_pfns(ptes) & -HPAGE_PMD_NR == head)
+        ptes = ptes_of(mem, vma.mm, low, high)
+        mapped = (ptes & U_PRESENT != 0) & (pte_pfns(ptes) & -nr == head)
         if mapped.any():
             return True
     return False

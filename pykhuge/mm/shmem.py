@@ -7,6 +7,7 @@ Balanced, `alloced == nrpages + swapped`; what truncation frees is found as the 
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 
@@ -16,15 +17,15 @@ from pykhuge.hw.memory import HPAGE_PMD_NR, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.kernel.sched import Steps
 from pykhuge.mm.errors import PageLocked, UserFault, os_error
 from pykhuge.mm.filemap import (
-    add_huge_to_page_cache,
+    add_compound_to_page_cache,
     add_to_page_cache,
     file_page,
-    filemap_remove_huge,
+    filemap_remove_compound,
     filemap_remove_pages,
     foresee_page_locks,
     mod_nrpages,
     mod_swapped,
-    split_huge_file_page,
+    split_file_page,
     truncate_pages,
     when_unlocked,
     zero_partial_page,
@@ -41,7 +42,7 @@ from pykhuge.mm.mm_types import (
 )
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import Pfns, PG_dirty, PG_locked, PG_uptodate
-from pykhuge.mm.page_alloc import alloc_huge_page, alloc_pages, charge
+from pykhuge.mm.page_alloc import alloc_compound_page, alloc_huge_page, alloc_pages, charge
 from pykhuge.mm.swap import lru_add_huge_page, lru_cache_add, put_pages
 from pykhuge.mm.swap_state import (
     add_to_swap,
@@ -315,7 +316,7 @@ def _alloc_huge(
         return None
     mem.pages.memcg[head] = memcg.key
     mem.vmstat.count(THP_FILE_ALLOC)
-    add_huge_to_page_cache(mem, inode.i_mapping, start, head)
+    add_compound_to_page_cache(mem, inode.i_mapping, start, head)
     lru_add_huge_page(mem, head)
     put_pages(mem, np.array([head]))
     _mod_alloced(mem, inode, HPAGE_PMD_NR)
@@ -336,12 +337,13 @@ def _swapin_folio(
     """shmem_swapin_folio(): the page comes back from swap, dirty, its slot is freed."""
     if not is_swap_value(entry):
         raise os_error(errno.EIO, f"page {index} of {inode.name} was lost by the swap device")
-    start, major = index & -HPAGE_PMD_NR, vma is not None
-    if start in inode.swapped_huge:
-        inode.swapped_huge.remove(start)  # what cannot come back as one is split into its slots
+    major = vma is not None
+    if inode.i_mapping.i_pages.order(index):
         watched = vma is not None and vma.userfaultfd_armed()
-        if not watched and (head := _swapin_huge(mem, inode, start, memcg, nid, major)) is not None:
-            return head + index % HPAGE_PMD_NR
+        head = None if watched else _swapin_compound(mem, inode, index, memcg, nid, major)
+        if head is not None:
+            return file_page(mem, head, index)
+        _split_large_entry(inode, index)
     slot = -entry
     pfn = mem.swap.cache.get(slot)
     if pfn is None:
@@ -369,27 +371,36 @@ def _swapin_folio(
     return pfn
 
 
-def _swapin_huge(
-    mem: Memory, inode: ShmemInode, start: int, memcg: MemCgroup, nid: int, major: bool
+def _split_large_entry(inode: ShmemInode, index: int) -> None:
+    """What went to swap as one is to come back page by page, beginning with page `index`."""
+    i_pages = inode.i_mapping.i_pages
+    span = i_pages.span(index)
+    i_pages.store(span, i_pages.node(index)[span % HPAGE_PMD_NR])
+
+
+def _swapin_compound(
+    mem: Memory, inode: ShmemInode, index: int, memcg: MemCgroup, nid: int, major: bool
 ) -> int | None:
-    """A block that went to swap as one comes back as one; None if it must come page by page."""
-    slots = (-inode.i_mapping.i_pages.node(start)).tolist()
+    """What went to swap as one comes back as one; None if it must come page by page."""
+    i_pages = inode.i_mapping.i_pages
+    span = i_pages.span(index)
+    slots = (-i_pages.node(index)[span % HPAGE_PMD_NR]).tolist()
     if any(slot in mem.swap.cache or slot in mem.swap.bad for slot in slots):
         return None
-    head = alloc_huge_page(mem, nid)
+    head = alloc_compound_page(mem, i_pages.order(index), nid)
     if head is None:
         return None
-    if not charge(mem, memcg, HPAGE_PMD_NR):
+    if not charge(mem, memcg, len(slots)):
         put_pages(mem, np.array([head]))
         return None
     mem.pages.memcg[head] = memcg.key
-    mem.vmstat.count(PSWPIN, HPAGE_PMD_NR)
+    mem.vmstat.count(PSWPIN, len(slots))
     if major:
         mem.vmstat.count(PGMAJFAULT)
     for place, slot in enumerate(slots):
         mem.ram.pages[head + place] = np.frombuffer(mem.swap.contents[slot], np.uint8)
-    mod_swapped(mem, inode, -HPAGE_PMD_NR)
-    add_huge_to_page_cache(mem, inode.i_mapping, start, head)
+    mod_swapped(mem, inode, -len(slots))
+    add_compound_to_page_cache(mem, inode.i_mapping, int(span[0]), head)
     mem.pages.flags[head] |= U_UPTODATE | U_DIRTY
     lru_add_huge_page(mem, head)
     put_pages(mem, np.array([head]))
@@ -454,10 +465,8 @@ def shmem_undo_range(
         yield from _zero(mem, inode, start, stop if end is None else min(stop, end))
     if end is not None and end % PAGE_SIZE and end >> PAGE_SHIFT >= first:
         yield from _zero(mem, inode, end & -PAGE_SIZE, end)
-    for block in sorted(inode.swapped_huge):
-        stop = block + HPAGE_PMD_NR
-        if block < last and first < stop:
-            _cut_swapped_huge(mem, inode, block, whole=first <= block and stop <= last)
+    for edge in (first, last):
+        _swapin_cut(mem, inode, edge)
     if first < last:
         if first < inode.fallocend <= last:
             inode.fallocend = first
@@ -465,15 +474,12 @@ def shmem_undo_range(
     shmem_recalc_inode(mem, inode)
 
 
-def _cut_swapped_huge(mem: Memory, inode: ShmemInode, block: int, *, whole: bool) -> None:
-    """Of a block that is on swap as one a part is dropped: it comes back for that, and is split."""
-    if whole:
-        inode.swapped_huge.remove(block)
-        return
-    entry = inode.i_mapping.i_pages.load(block)
-    head = _swapin_folio(mem, inode, block, entry, mem.memcgs[0], 0)
-    if inode.i_mapping.i_pages.order(block):
-        split_huge_file_page(mem, inode.i_mapping, head)
+def _swapin_cut(mem: Memory, inode: ShmemInode, edge: int) -> None:
+    """What is on swap as one and is to be cut at page `edge` comes back for that."""
+    i_pages = inode.i_mapping.i_pages
+    if (entry := i_pages.load(edge)) < 0 and edge % (1 << i_pages.order(edge)):
+        with contextlib.suppress(OSError, OutOfMemory):
+            _swapin_folio(mem, inode, edge, entry, mem.memcgs[0], 0)
 
 
 def _zero(mem: Memory, inode: ShmemInode, start: int, end: int) -> Steps[None]:
@@ -490,7 +496,7 @@ def _zero(mem: Memory, inode: ShmemInode, start: int, end: int) -> Steps[None]:
     if (entry := mapping.i_pages.load(index)) > 0:
         mem.pages.flags[entry] |= U_DIRTY
         if mapping.i_pages.order(index):
-            split_huge_file_page(mem, mapping, entry)
+            split_file_page(mem, mapping, entry)
 
 
 def _zero_bytes(mem: Memory, inode: ShmemInode, start: int, end: int) -> None:
@@ -538,8 +544,7 @@ def _add_fallocated(
     index = wanted.start
     while index < wanted.stop:
         yield from when_unlocked(mem, _fallocate_page, mem, inode, index, added, memcg, nid)
-        huge = inode.i_mapping.i_pages.order(index)
-        index = (index | HPAGE_PMD_NR - 1) + 1 if huge else index + 1
+        index = int(inode.i_mapping.i_pages.span(index)[-1]) + 1
 
 
 def _fallocate_page(
@@ -561,7 +566,7 @@ def _undo_fallocate(mem: Memory, inode: ShmemInode, added: list[int]) -> None:
         head = mapping.i_pages.load(index)
         used = head <= 0 or mem.pages.flags[head] & (PG_dirty | PG_locked)
         if mapping.i_pages.order(index) and not used and not mem.pages.total_mapcount(head):
-            filemap_remove_huge(mem, mapping, index & -HPAGE_PMD_NR, head)
+            filemap_remove_compound(mem, mapping, head)
     indexes = np.array(added, np.int64)
     pfns = np.array([mapping.i_pages.load(index) for index in added], np.int64)
     fresh = (pfns > 0) & (mem.pages.flags[pfns] & U_UPTODATE == 0)

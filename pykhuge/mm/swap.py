@@ -26,7 +26,7 @@ from pykhuge.mm.page import (
     PG_unevictable,
     compound_head,
 )
-from pykhuge.mm.page_alloc import free_huge_page, free_pages
+from pykhuge.mm.page_alloc import free_compound_page, free_pages
 from pykhuge.mm.vmstat import (
     NR_ACTIVE_ANON,
     NR_ACTIVE_FILE,
@@ -113,7 +113,7 @@ def lru_add_huge_page(mem: Memory, head: int) -> None:
     mem.pages.flags[head] = flags | PG_lru
     mem.pages.lru_seq[head] = mem.lru_clock
     mem.lru_clock += 1
-    mem.mod_page(lru_item(flags), head, HPAGE_PMD_NR)
+    mem.mod_page(lru_item(flags), head, mem.pages.compound_nr(head))
 
 
 def mark_page_accessed(mem: Memory, head: int) -> None:
@@ -247,7 +247,7 @@ def _release(mem: Memory, pfns: Pfns) -> None:
     if bits & U_HEAD:
         heads = flags & U_HEAD != 0
         for head in pfns[heads].tolist():
-            free_huge_page(mem, head)
+            free_compound_page(mem, head)
         pfns = pfns[~heads]
     if len(pfns):
         free_pages(mem, pfns)
@@ -262,9 +262,9 @@ def _by_kind(flags: Flags, pfns: Pfns) -> list[tuple[int, Pfns]]:
 
 
 def _mod_lru(mem: Memory, item: int, kind: int, pfns: Pfns, sign: int) -> None:
-    """Count pages of one kind in NR_* `item`, compound ones 512 times."""
+    """Count pages of one kind in NR_* `item`, compound ones by all of their pages."""
     if not kind & PG_head:
         mem.mod_pages(item, pfns, sign)
         return
     for head in pfns.tolist():
-        mem.mod_page(item, head, sign * HPAGE_PMD_NR)
+        mem.mod_page(item, head, sign * mem.pages.compound_nr(head))

@@ -6,10 +6,12 @@ import numpy as np
 
 from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT
 from pykhuge.mm.filemap import (
+    file_end,
     filemap_releasable,
     filemap_release_pages,
     filemap_remove_pages,
-    split_huge_file_page,
+    split_file_page,
+    unmap_compound,
 )
 from pykhuge.mm.huge_memory import split_huge_page, split_huge_pmd
 from pykhuge.mm.mm_types import AddressSpace, ShmemInode, Vma
@@ -101,24 +103,34 @@ def _reclaim_huge_file_page(mem: Memory, vma: Vma, low: int, high: int) -> None:
     if vma.vm_file is None or not pmd or not pmd_trans_huge(pmd):
         return
     head, mapping = pte_pfn(pmd), vma.vm_file.f_mapping
-    if _others_map(mem, vma, head) or not _split(mem, head):
+    if _others_map(mem, vma, head):
         return
-    if (
-        high - low == HPAGE_PMD_SIZE
-    ):  # else the PMD is gone, and with it what the walk would look at
-        _reclaim_pages_of_huge(mem, mapping, vma.linear_page_index(low))
+    if high - low < HPAGE_PMD_SIZE:
+        _split(mem, head)  # and the PMD is gone, and with it what the walk would look at
+    else:
+        _reclaim_file_folio(mem, mapping, head)
 
 
-def _reclaim_pages_of_huge(mem: Memory, mapping: AddressSpace, first: int) -> None:
-    """The pages of what was a huge page of a file until now; all of shmem's went to swap as one."""
-    for _, entries in mapping.i_pages.entries(first, first + HPAGE_PMD_NR):
+def _reclaim_file_folio(mem: Memory, mapping: AddressSpace, head: int) -> None:
+    """shrink_folio_list() of a compound page of a page cache, which this mm alone maps.
+
+    Since 6.14 shmem is not split for that, unless the end of the file lies in it or swap has no
+    room: its pages are told apart here, but have one entry in the cache.
+    """
+    index, nr = int(mem.pages.index[head]), mem.pages.compound_nr(head)
+    order, inode = int(mem.pages.order[head]), mapping.host
+    whole = mem.version.shmem_swaps_huge and isinstance(inode, ShmemInode)
+    if whole:
+        unmap_compound(mem, mapping, head)
+        whole = not index < file_end(mapping) < index + nr and _room_for(mem, nr)
+    if not _split(mem, head, to_swap=whole):
+        return
+    for _, entries in mapping.i_pages.entries(index, index + nr):
         for pfn in entries.tolist():
             _reclaim_file_page(mem, pfn)
-    inode = mapping.host
-    if mem.version.shmem_swaps_huge and isinstance(inode, ShmemInode):
-        slots = mapping.i_pages.node(first)
-        if len(slots) == HPAGE_PMD_NR and (slots < 0).all():
-            inode.swapped_huge.add(first)
+    values = mapping.i_pages.node(index)[index % HPAGE_PMD_NR :][:nr]
+    if whole and (values < 0).all():
+        mapping.i_pages.store_range(index, nr, values, order)
 
 
 def _reclaim_file_page(mem: Memory, pfn: int) -> None:
@@ -211,7 +223,7 @@ def _small_ptes(mem: Memory, vma: Vma, low: int, high: int, *, to_swap: bool = F
             split_huge_pmd(mem, vma, low)
             _discard_lazyfree(mem, vma, ptes_of(mem, vma.mm, low, high), head)
             return mem.ram.words[0, :0]
-        if not split_huge_page(mem, head, to_swap=whole and _room_for_huge(mem)):
+        if not split_huge_page(mem, head, to_swap=whole and _room_for(mem, HPAGE_PMD_NR)):
             return mem.ram.words[0, :0]
         pmd = pmd_of(mem, vma.mm, low)
     if not pmd:
@@ -249,13 +261,13 @@ def _large_folio(mem: Memory, vma: Vma, ptes: Ptes, place: int, *, to_swap: bool
 def _reclaim_folio(mem: Memory, vma: Vma, ptes: Ptes, head: int) -> None:
     """shrink_folio_list() of a compound page that `ptes` alone map."""
     pages, mapping = mem.pages, mem.mappings[int(mem.pages.mapping[head])]
-    index = int(pages.index[head])
-    if not pages.flags[head] & PG_swapbacked and pages.flags[head] & PG_anon:
+    if isinstance(mapping, AddressSpace):
+        _reclaim_file_folio(mem, mapping, head)
+    elif not pages.flags[head] & PG_swapbacked:
         _discard_lazyfree(mem, vma, ptes, head)
-    elif not isinstance(mapping, AddressSpace):
-        _split(mem, head, to_swap=_room_for_huge(mem))  # its pages go one by one
-    elif _split(mem, head):
-        _reclaim_pages_of_huge(mem, mapping, index)
+    else:
+        # Its pages go one by one.
+        _split(mem, head, to_swap=_room_for(mem, pages.compound_nr(head)))
 
 
 def _others_map(mem: Memory, vma: Vma, head: int) -> bool:
@@ -270,17 +282,17 @@ def _split(mem: Memory, head: int, *, to_swap: bool = False) -> bool:
     mapping = mem.mappings[int(mem.pages.mapping[head])]
     if not isinstance(mapping, AddressSpace):
         return split_huge_page(mem, head, to_swap=to_swap)
-    if not split_huge_file_page(mem, mapping, head):
+    if not split_file_page(mem, mapping, head, to_swap=to_swap):
         return False
     if isinstance(mapping.host, ShmemInode):
         shmem_recalc_inode(mem, mapping.host)
     return True
 
 
-def _room_for_huge(mem: Memory) -> bool:
-    """CONFIG_THP_SWAP: whether a huge page can be written as a whole."""
+def _room_for(mem: Memory, nr: int) -> bool:
+    """CONFIG_THP_SWAP: whether a compound page of `nr` pages can be written as a whole."""
     device = mem.swap
-    return len(device.free) + device.nr_slots - device.next_slot >= HPAGE_PMD_NR
+    return len(device.free) + device.nr_slots - device.next_slot >= nr
 
 
 def _may_reclaim(mem: Memory, pfn: int) -> bool:

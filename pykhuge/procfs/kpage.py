@@ -7,7 +7,6 @@ import enum
 import numpy as np
 import numpy.typing as npt
 
-from pykhuge.hw.memory import HPAGE_PMD_NR
 from pykhuge.mm.errors import check_int
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import (
@@ -164,7 +163,5 @@ def kpageflags(mem: Memory, pfn: int, nr: int) -> Words:
 def _mapped(mem: Memory, pfns: Pfns, heads: Pfns, compound: Bools) -> Bools:
     """page_mapped(): of a compound page, whether any part of it is."""
     mapped: Bools = mem.pages.mapcount[pfns] > 0
-    found, which = np.unique(heads[compound], return_inverse=True)
-    subpages = mem.pages.mapcount[found[:, None] + np.arange(HPAGE_PMD_NR)]
-    mapped[compound] = ((mem.pages.entire_mapcount[found] > 0) | subpages.any(axis=1))[which]
+    mapped[compound] = mem.pages.total_mapcounts(heads[compound]) > 0
     return mapped

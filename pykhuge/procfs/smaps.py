@@ -25,6 +25,7 @@ from pykhuge.mm.page import (
     PG_young,
     PG_zone_device,
     compound_head,
+    order_sizes,
 )
 from pykhuge.mm.page_table import (
     PAGE_ACCESSED,
@@ -265,9 +266,10 @@ def _swapped_under_holes(vma: Vma, inode: ShmemInode, blocks: list[tuple[int, Pt
 
 def _partial_swap_usage(inode: ShmemInode, first: int, last: int) -> int:
     """shmem_partial_swap_usage(): pages on swap in [first, last), by whole entries."""
-    nr = 0
-    for indexes, entries in inode.i_mapping.i_pages.entries(first, last):
-        swapped = len(value_slots(entries))
-        whole = int(indexes[0]) & -HPAGE_PMD_NR in inode.swapped_huge
-        nr += HPAGE_PMD_NR if whole and swapped else swapped
+    nr, i_pages = 0, inode.i_mapping.i_pages
+    for indexes, entries in i_pages.entries(first, last):
+        swapped = indexes[np.isin(-entries, value_slots(entries))]
+        sizes = order_sizes(i_pages.node_orders(int(indexes[0]))[swapped % HPAGE_PMD_NR])
+        _, first_of_each = np.unique(swapped & -sizes, return_index=True)
+        nr += int(sizes[first_of_each].sum())
     return nr

@@ -29,7 +29,7 @@ from pykhuge import (
     WouldBlock,
 )
 from pykhuge.kernel.sched import Task
-from pykhuge.mm.filemap import split_huge_file_page
+from pykhuge.mm.filemap import split_file_page
 from pykhuge.mm.mm_types import ShmemInode
 from pykhuge.mm.page import PG_dirty, PG_head, PG_locked
 from pykhuge.mm.regular_file import filemap_flush
@@ -415,7 +415,7 @@ def test_split_makes_small_pages_that_nobody_maps(machine: Machine, process: Pro
     head = process.cached_pfn(file, 0)
     assert head is not None
     before = machine.vmstat()
-    assert split_huge_file_page(machine.mem, file.f_mapping, head)
+    assert split_file_page(machine.mem, file.f_mapping, head)
     machine.audit()
     assert [process.cached_pfn(file, page) for page in range(NR)] == list(range(head, head + NR))
     diff = changes(before, machine.vmstat())
@@ -453,11 +453,11 @@ def test_page_that_somebody_holds_is_not_split(machine: Machine, process: Proces
     assert head is not None
     for hold in (process.pin, process.get):
         held = hold(addr, PAGE)
-        assert not split_huge_file_page(machine.mem, file.f_mapping, head)
+        assert not split_file_page(machine.mem, file.f_mapping, head)
         held.release()
     assert machine.vmstat()["thp_split_page_failed"] == 2
     assert process.is_huge(addr)
-    assert split_huge_file_page(machine.mem, file.f_mapping, head)
+    assert split_file_page(machine.mem, file.f_mapping, head)
 
 
 def test_split_drops_pages_behind_the_end(machine: Machine, process: Process) -> None:
@@ -470,7 +470,7 @@ def test_split_drops_pages_behind_the_end(machine: Machine, process: Process) ->
     for file in files:
         head = process.cached_pfn(file, 0)
         assert head is not None
-        assert split_huge_file_page(machine.mem, file.f_mapping, head)
+        assert split_file_page(machine.mem, file.f_mapping, head)
         process.ftruncate(file, 11 * PAGE)
         process.fallocate(file, 400 * PAGE, PAGE, punch_hole=True)
     machine.lru_add_drain_all()

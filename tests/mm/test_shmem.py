@@ -27,6 +27,7 @@ from pykhuge import (
     CollapseError,
     File,
     KernelPanic,
+    KernelVersion,
     Machine,
     OutOfMemory,
     Process,
@@ -1302,11 +1303,14 @@ class Shadowed:
             assert tries <= NR
 
 
+@pytest.mark.parametrize("kernel", [KernelVersion.REF, KernelVersion.V6_18])
 @settings(max_examples=40, deadline=None)
-@given(operations)
-def test_random_use_of_a_file_is_that_of_a_bytearray(steps: list[tuple[str, Any, int]]) -> None:
+@given(steps=operations)
+def test_random_use_of_a_file_is_that_of_a_bytearray(
+    kernel: KernelVersion, steps: list[tuple[str, Any, int]]
+) -> None:
     """Whatever writes, cuts, swaps and collapses it, its bytes are those that were written."""
-    machine = small_machine("64M", swap="16M")
+    machine = small_machine("64M", swap="16M", kernel=kernel)
     shadowed = Shadowed(machine)
     for name, where, length in steps:
         if name == "pageout" and where >= SIZE:

@@ -1,5 +1,8 @@
 """i_pages: entries by index, huge ones, values, and nodes that come and go."""
 
+import contextlib
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +13,7 @@ from pykhuge.mm.xarray import (
     SWAPIN_ERROR,
     XArray,
     is_swap_value,
+    piece_orders,
     swap_value,
     value_slots,
 )
@@ -83,31 +87,72 @@ def test_huge_entry_is_found_under_each_of_its_indexes() -> None:
     """By its first frame, with order 9; its neighbours are not touched."""
     xa = XArray()
     xa.store(array(511, 1024), array(1, 2))
-    xa.store_order_9(NR, 4096)
+    xa.store_range(NR, NR, 4096, 9)
     assert [xa.load(index) for index in (511, 512, 777, 1023, 1024)] == [1, 4096, 4096, 4096, 2]
     assert [xa.order(index) for index in (511, 512, 777, 1023, 1024)] == [0, 9, 9, 9, 0]
     assert len(listed(xa, 600, 610)) == 10
-    xa.store_order_9(NR, 0)
+    xa.store_range(NR, NR, 0, 0)
     assert listed(xa) == {511: 1, 1024: 2}
     assert xa.order(777) == 0
 
 
-def test_huge_entry_is_not_stored_over_one_by_one() -> None:
-    """That would lose 511 of its places."""
+@pytest.mark.parametrize("places", [range(5, 6), range(16, 31), range(8, 24)])
+def test_part_of_an_entry_is_not_stored_over(places: range) -> None:
+    """That would lose the rest of it."""
     xa = XArray()
-    xa.store_order_9(0, 4096)
-    with pytest.raises(AssertionError):
-        xa.store(array(5), array(1))
+    xa.store_range(16, 16, 4096, 4)
+    xa.store(array(5), 9)
+    with contextlib.nullcontext() if 16 not in places else pytest.raises(AssertionError):
+        xa.store(np.array(places), 7)
 
 
-def test_split_gives_512_slots_to_fill() -> None:
-    """Order 0 afterwards."""
+def test_span_of_an_entry_is_all_its_indexes() -> None:
+    """Of order 0 that is its own; a hole is like that."""
     xa = XArray()
-    xa.store_order_9(NR, 4096)
-    xa.split(700)[:] = np.arange(4096, 4096 + NR)
-    assert (xa.order(700), xa.load(NR), xa.load(2 * NR - 1)) == (0, 4096, 4096 + NR - 1)
-    xa.store(array(NR), 0)
-    assert xa.load(NR + 1) == 4097
+    xa.store_range(NR + 16, 16, 4096, 4)
+    assert xa.span(NR + 30).tolist() == list(range(NR + 16, NR + 32))
+    assert xa.span(NR + 32).tolist() == [NR + 32]
+    assert np.flatnonzero(xa.node_orders(NR)).tolist() == list(range(16, 32))
+    assert not xa.node_orders(0).any()
+
+
+@given(
+    st.integers(1, 9).flatmap(lambda order: st.tuples(st.just(order), st.integers(0, 2**order - 1)))
+)
+def test_pieces_are_the_halves_that_the_cut_is_not_in(block: tuple[int, int]) -> None:
+    """Halving by halving, as one would by hand; each piece is in line with its own size."""
+    order, place = block
+    expected = np.zeros(1 << order, np.uint8)
+    low, size = 0, 1 << order
+    while size > 1:
+        size //= 2
+        upper = place >= low + size
+        other = low if upper else low + size
+        expected[other : other + size] = size.bit_length() - 1
+        low += size * upper
+    assert piece_orders(order, place).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("order", "left"),
+    [
+        (9, {6: 7 * 64, 5: 32, 0: 32}),
+        (8, {6: 192, 5: 32, 0: 32}),
+        (6, {5: 32, 0: 32}),
+        (4, {0: 16}),
+    ],
+)
+def test_value_that_is_split_leaves_values_as_large_as_nodes_let_it(
+    order: int, left: dict[int, int]
+) -> None:
+    """The page asked for is alone; each index keeps its own slot."""
+    xa, nr = XArray(), 1 << order
+    slots = -np.arange(1, nr + 1)
+    xa.store_range(0, nr, slots, order)
+    xa.split_value(nr // 2 + 3)
+    assert xa.order(nr // 2 + 3) == 0
+    assert dict(zip(*np.unique(xa.node_orders(0)[:nr], return_counts=True), strict=True)) == left
+    assert xa.node(0)[:nr].tolist() == slots.tolist()
 
 
 def test_entries_may_be_changed_while_they_are_walked() -> None:
@@ -135,8 +180,11 @@ steps = st.lists(
             st.lists(st.integers(0, 1600), min_size=1, max_size=20, unique=True),
             st.sampled_from([0, 0, 5, 9, swap_value(3), SHADOW]),
         ),
-        st.tuples(st.just("huge"), st.integers(0, 3), st.sampled_from([0, 1024, 2048])),
-        st.tuples(st.just("split"), st.integers(0, 3), st.just(0)),
+        st.tuples(
+            st.just("large"),
+            st.tuples(st.integers(1, 9), st.integers(0, 1600)),
+            st.sampled_from([0, 1024, 2048]),
+        ),
         st.tuples(st.just("create"), st.integers(0, 1600), st.just(0)),
     ),
     max_size=25,
@@ -145,31 +193,33 @@ steps = st.lists(
 
 @settings(deadline=None)
 @given(steps, st.integers(0, 1700), st.integers(0, 1700))
-def test_it_is_a_dictionary(
-    steps: list[tuple[str, list[int] | int, int]], first: int, last: int
-) -> None:
-    """Whatever is stored, huge or small, split or taken away, and whichever part is listed."""
-    xa, expected, huge = XArray(), dict[int, int](), set[int]()
+def test_it_is_a_dictionary(steps: list[tuple[str, Any, int]], first: int, last: int) -> None:
+    """Whatever is stored, of any order, or taken away, and whichever part is listed."""
+    xa, expected = XArray(), dict[int, tuple[int, int]]()
     for name, where, entry in steps:
-        if isinstance(where, list):
-            indexes = [index for index in where if index // NR not in huge]
-            xa.store(array(*indexes), entry)
-            expected.update(dict.fromkeys(indexes, entry))
-        elif name == "huge":
-            xa.store_order_9(where * NR, entry)
-            expected.update(dict.fromkeys(range(where * NR, (where + 1) * NR), entry))
-            huge = huge | {where} if entry else huge - {where}
-        elif name == "split" and where in huge:
-            xa.split(where * NR)[:] = np.arange(1, NR + 1)
-            expected.update((where * NR + place, place + 1) for place in range(NR))
-            huge -= {where}
-        elif name == "create" and where // NR not in huge:
+        if name == "create":
             xa.create_range(where)
             xa.shrink(where)
-    expected = {index: entry for index, entry in expected.items() if entry}
-    assert listed(xa) == expected
+            continue
+        order, indexes = 0, where
+        if name == "large":
+            order, place = where
+            indexes = list(range(place & -1 << order, (place & -1 << order) + (1 << order)))
+        # What is stored over goes as a whole.
+        covered = sorted({each for index in indexes for each in xa.span(index).tolist()})
+        xa.store(np.array(covered), 0)
+        if order:
+            xa.store_range(indexes[0], len(indexes), entry, order if entry else 0)
+        else:
+            xa.store(np.array(indexes), entry)
+        expected.update(dict.fromkeys(covered, (0, 0)))
+        expected.update(dict.fromkeys(indexes, (entry, order)))
+    expected = {index: each for index, each in expected.items() if each[0]}
+    assert listed(xa) == {index: entry for index, (entry, _) in expected.items()}
     assert listed(xa, first, last) == {
-        index: entry for index, entry in expected.items() if first <= index < last
+        index: entry for index, (entry, _) in expected.items() if first <= index < last
     }
-    assert {number for number in range(4) if xa.order(number * NR)} == huge
+    orders = {index: order for index, (_, order) in expected.items()}
+    assert {index: xa.order(index) for index in expected} == orders
     assert set(xa.nodes) == {index // NR for index in expected}
+    assert set(xa.orders) == {index // NR for index, order in orders.items() if order}

@@ -223,6 +223,7 @@ def build(layout: Layout) -> tuple[Machine, Any, Vma, CollapseControl]:
             pages.flags[page.head] = page.flags
             tails = np.arange(page.head + 1, page.head + 512)
             pages.flags[tails] = PG_tail
+            pages.order[page.head : page.head + 512] = 9
             pages.entire_mapcount[page.head] = page.entire
         else:
             pages.flags[page.pfn] = page.flags

@@ -10,7 +10,7 @@ import numpy as np
 
 from pykhuge.machine import Machine
 from pykhuge.mm.errors import BusError, SegmentationFault, UserFault
-from pykhuge.mm.mm_types import File, ShmemInode
+from pykhuge.mm.mm_types import File
 from pykhuge.mm.page import PG_uptodate
 from pykhuge.process import Advice, Process, UserFaultFd
 from pykhuge.tools.conform.layout import NR, PAGE, Layout, Stroke, UnfitLayout, runs
@@ -191,9 +191,8 @@ class _Model:
 
     def _truncate(self, who: Process, stroke: Stroke) -> None:
         file, offset, _ = self._file_range(stroke.first, 0)
-        cut = offset // PAGE
-        assert isinstance(file.inode, ShmemInode)
-        if cut % NR and cut // NR * NR in file.inode.swapped_huge:
+        cut, i_pages = offset // PAGE, file.f_mapping.i_pages
+        if i_pages.load(cut) < 0 and cut % (1 << i_pages.order(cut)):
             raise UnfitLayout(f"{stroke}: Linux 6.18 never returns from it, as seen on 6.18.44")
         who.ftruncate(file, offset)
 
