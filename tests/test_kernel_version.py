@@ -737,11 +737,33 @@ def test_a_huge_page_of_shmem_comes_back_from_swap(
     assert block.process.read(block.addr, HPAGE) == block_bytes()
 
 
+@by("split_leaves_pieces")
+@pytest.mark.parametrize("cut", ["punch", "truncate", "bytes"])
+def test_a_huge_page_of_shmem_is_cut(
+    make_machine: MakeMachine, kernel: KernelVersion, new: bool, cut: str
+) -> None:
+    """Into 512 small pages in REF, into halves of halves around the cut later."""
+    machine = make_machine(kernel=kernel)
+    block = shmem_block(machine)
+    madv_collapse(block.process, block.addr)
+    if cut == "punch":
+        block.process.fallocate(block.file, 384 * PAGE, 128 * PAGE, punch_hole=True, keep_size=True)
+    elif cut == "truncate":
+        block.process.ftruncate(block.file, 384 * PAGE)
+    else:
+        block.process.fallocate(block.file, 384 * PAGE, 8, punch_hole=True, keep_size=True)
+    i_pages = block.file.f_mapping.i_pages
+    orders = [i_pages.order(page) for page in (0, 255, 256, 383)]
+    assert orders == ([8, 8, 7, 7] if new else [0, 0, 0, 0])
+    assert i_pages.order(448) == (6 if new and cut == "bytes" else 0)
+    assert block.process.pread(block.file, 0, 384 * PAGE) == block_bytes(0, 384)
+
+
 @pytest.mark.parametrize("why", ["watched", "no memory", "no charge"])
 def test_a_block_on_swap_comes_back_page_by_page_if_it_must(
     make_machine: MakeMachine, why: str
 ) -> None:
-    """And is never tried as one again."""
+    """And is never tried as one again; what is not near the page asked for comes in pieces."""
     machine = make_machine(kernel=V6_18, swap="16M")
     block = shmem_block(machine)
     madv_collapse(block.process, block.addr)
@@ -758,7 +780,7 @@ def test_a_block_on_swap_comes_back_page_by_page_if_it_must(
     assert not block.process.is_huge(block.addr)
     assert block.file.inode.swapped == NR - 1
     i_pages = block.file.f_mapping.i_pages
-    assert not i_pages.orders
+    assert [i_pages.order(page) for page in (0, 3, 31, 32, 63, 64, 511)] == [0, 0, 0, 5, 5, 6, 6]
 
 
 def test_part_of_a_block_on_swap_is_punched(make_machine: MakeMachine) -> None:

@@ -140,6 +140,11 @@ class KernelVersion:
         "6.14",
         "a huge page of shmem goes to swap as one, and comes back as one",
     )
+    split_leaves_pieces: bool = _since(
+        "6.15",
+        "a huge page of shmem that is punched or truncated in part is halved again and again"
+        " around the cut: what is not near it stays in compound pages of smaller orders",
+    )
     mremap_lifts_uffd_wp: bool = _since(
         "6.13 (0cef0bb836e3)",
         "mremap moves pages that userfaultfd watches without their write protection",

@@ -71,6 +71,7 @@ __all__ = [
     "mod_nrpages",
     "mod_swapped",
     "split_file_page",
+    "split_partial_page",
     "truncate_pages",
     "unlock_page",
     "unmap_compound",
@@ -385,10 +386,27 @@ def _remove_compound(
         return None
     if isinstance(mapping.host, ShmemInode):
         set_page_dirty(mem, np.array([head]))
-    if split_file_page(mem, mapping, head):
+    cuts = [cut - index for cut in (first, last) if cut < index + nr]
+    if split_partial_page(mem, mapping, head, *cuts):
         return _remove_range(mem, mapping, first, last)
     mem.ram.pages[head + first - index : head + last - index] = 0
     return None
+
+
+def split_partial_page(mem: Memory, mapping: AddressSpace, head: int, *cuts: int) -> bool:
+    """Split a compound page at its pages `cuts`: the first to go, and the first to stay behind it.
+
+    All of it becomes small pages; later kernels split shmem around each cut instead.
+    """
+    if not (mem.version.split_leaves_pieces and isinstance(mapping.host, ShmemInode)):
+        return split_file_page(mem, mapping, head)
+    first, *others = cuts
+    if not split_file_page(mem, mapping, head, around=head + first):
+        return False
+    for cut in others:
+        if mem.pages.is_compound(head + cut):
+            split_file_page(mem, mapping, mem.pages.head_of(head + cut), around=head + cut)
+    return True
 
 
 def _remove_small(mem: Memory, mapping: AddressSpace, indexes: Pfns, entries: Pfns) -> int | None:

@@ -25,7 +25,7 @@ from pykhuge.mm.filemap import (
     foresee_page_locks,
     mod_nrpages,
     mod_swapped,
-    split_file_page,
+    split_partial_page,
     truncate_pages,
     when_unlocked,
     zero_partial_page,
@@ -343,7 +343,7 @@ def _swapin_folio(
         head = None if watched else _swapin_compound(mem, inode, index, memcg, nid, major)
         if head is not None:
             return file_page(mem, head, index)
-        _split_large_entry(inode, index)
+        _split_large_entry(mem, inode, index)
     slot = -entry
     pfn = mem.swap.cache.get(slot)
     if pfn is None:
@@ -371,11 +371,17 @@ def _swapin_folio(
     return pfn
 
 
-def _split_large_entry(inode: ShmemInode, index: int) -> None:
-    """What went to swap as one is to come back page by page, beginning with page `index`."""
+def _split_large_entry(mem: Memory, inode: ShmemInode, index: int) -> None:
+    """What went to swap as one is to come back page by page, beginning with page `index`.
+
+    Later kernels leave the pages around it together as far as they can.
+    """
     i_pages = inode.i_mapping.i_pages
-    span = i_pages.span(index)
-    i_pages.store(span, i_pages.node(index)[span % HPAGE_PMD_NR])
+    if mem.version.split_leaves_pieces:
+        i_pages.split_value(index)
+    else:
+        span = i_pages.span(index)
+        i_pages.store(span, i_pages.node(index)[span % HPAGE_PMD_NR])
 
 
 def _swapin_compound(
@@ -496,7 +502,7 @@ def _zero(mem: Memory, inode: ShmemInode, start: int, end: int) -> Steps[None]:
     if (entry := mapping.i_pages.load(index)) > 0:
         mem.pages.flags[entry] |= U_DIRTY
         if mapping.i_pages.order(index):
-            split_file_page(mem, mapping, entry)
+            split_partial_page(mem, mapping, entry, index - int(mem.pages.index[entry]))
 
 
 def _zero_bytes(mem: Memory, inode: ShmemInode, start: int, end: int) -> None:

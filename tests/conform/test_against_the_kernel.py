@@ -67,6 +67,7 @@ WITNESSES = {
     "split_maps_zero_page": "anon: hugepage 0+512; read 0+512; write 0+1; pageout 5+1",
     "huge_zero_page_gives_huge": "anon: hugepage 0+512; read 0+512; write 185+1",
     "shmem_swaps_huge": "memfd: write 0+512; collapse 0+512; pageout 0+512; read 3+1",
+    "split_leaves_pieces": "memfd: write 0+512; collapse 0+512; punch 477+35; pin 450+1",
     "mremap_lifts_uffd_wp": "anon blocks=2: write 0+512; uffd-wp 0+512; move 0+512>512",
     "dontneed_frees_page_table": "anon: write 0+512; dontneed 0+512",
     "mremap_moves_many": "anon blocks=2: write 0+512; munmap 5+1; move 0+9>512",
