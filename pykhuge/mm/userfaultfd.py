@@ -170,18 +170,9 @@ def uffd_poison(mem: Memory, mm: Mm, addr: int, length: int) -> Steps[None]:
 
 def _mark_poisoned(mem: Memory, mm: Mm, addr: int) -> None:
     vma, table, place = _missing(mem, mm, addr, none=True)
-    if vma.vm_flags & VM_SHARED:
-        _check_file_size(vma, addr)
-    else:
+    if not vma.vm_flags & VM_SHARED:
         anon_vma_prepare(mem, vma)
     mem.ram.words[table, place] = MARKER_POISONED
-
-
-def _check_file_size(vma: Vma, addr: int) -> None:
-    assert vma.vm_file is not None
-    inode = vma.vm_file.inode
-    if vma.linear_page_index(addr) << PAGE_SHIFT >= inode.i_size:
-        raise os_error(errno.EFAULT, f"{addr:#x} lies behind the end of {inode.name}")
 
 
 def _fill(mem: Memory, mm: Mm, addr: int, data: bytes) -> None:
@@ -202,7 +193,6 @@ def _fill_shmem(mem: Memory, vma: Vma, addr: int, table: int, place: int, data: 
     assert vma.vm_file is not None
     inode, index = vma.vm_file.inode, vma.linear_page_index(addr)
     assert isinstance(inode, ShmemInode)
-    _check_file_size(vma, addr)
     if inode.i_mapping.i_pages.load(index):
         raise os_error(errno.EEXIST, f"page {index} of {inode.name} is there")
     memcg, nid = vma.mm.memcg, vma.mm.preferred_node
@@ -221,11 +211,19 @@ def _missing(mem: Memory, mm: Mm, addr: int, *, none: bool = False) -> tuple[Vma
     pmd = pmd_of(mem, mm, addr)
     if pmd and pmd_trans_huge(pmd):
         raise os_error(errno.EEXIST, f"{addr:#x} is mapped")
+    _check_file_size(vma, addr)
     table, place = pte_table(mem, mm, addr), pte_index(addr)
     pte = int(mem.ram.words[table, place])
     if pte and (none or not (is_marker(pte) or is_poison_marker(pte))):
         raise os_error(errno.EEXIST, f"{addr:#x} is mapped")
     return vma, table, place
+
+
+def _check_file_size(vma: Vma, addr: int) -> None:
+    """mfill_file_over_size(), for private mappings of a file as well."""
+    inode = vma.vm_file.inode if vma.vm_file is not None else None
+    if inode is not None and vma.linear_page_index(addr) << PAGE_SHIFT >= inode.i_size:
+        raise os_error(errno.EFAULT, f"{addr:#x} lies behind the end of {inode.name}")
 
 
 def uffd_writeprotect(mem: Memory, mm: Mm, addr: int, length: int, *, protect: bool) -> Steps[None]:

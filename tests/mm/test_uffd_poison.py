@@ -72,11 +72,12 @@ def test_range_must_be_watched(process: Process) -> None:
     process.write(addr, b"x")
 
 
-def test_range_must_lie_within_the_file(process: Process) -> None:
+@pytest.mark.parametrize("shared", [True, False])
+def test_range_must_lie_within_the_file(process: Process, shared: bool) -> None:
     """EFAULT behind the end of a memfd."""
     file = process.memfd_create("short")
     process.ftruncate(file, PAGE)
-    addr = process.mmap(2 * PAGE, file=file, shared=True)
+    addr = process.mmap(2 * PAGE, file=file, shared=shared)
     uffd = process.userfaultfd()
     uffd.register(addr, 2 * PAGE)
     uffd.poison(addr, PAGE)
