@@ -43,8 +43,8 @@ exit status:
   2    the command could not be done: usage, rights, what this kernel has not
 
 With --json an object is printed. Its keys:
-  schema, release, model, layouts, kernel_asked_again, mismatches, smallest, scan_results, kinds,
-  strokes, not_reachable
+  schema, release, model, layouts, left_out, kernel_asked_again, mismatches, smallest, scan_results,
+  kinds, strokes, not_reachable
 """
 
 
@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
     except Lacking as error:
         raise CommandError(str(error)) from error
     if not report.layouts:
-        raise CommandError(f"--layout {options.layout}: a stroke would kill the process, or hang")
+        raise CommandError(f"--layout {options.layout}: {', '.join(report.left_out)}")
     if options.json:
         print(json.dumps({"schema": SCHEMA} | report.as_json(), indent=2))
     else:
@@ -138,6 +138,8 @@ def _lines(report: Report) -> Iterator[str]:
         yield ""
     yield f"Linux {report.release}, model {report.model.name}"
     yield f"{report.layouts} layouts, {len(report.mismatches)} mismatches"
+    for why, nr in report.left_out.items():
+        yield f"{nr} left out: {why}"
     if report.again:
         yield f"{report.again} agreed only when the kernel was asked again"
     yield from _counted("met", report.results)

@@ -31,6 +31,7 @@ def one_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
     differs = tuple(good.differences(other))
     report.add(Comparison(layout, kernel=good, model=good, again=1))
     report.add(Comparison(layout, kernel=good, model=other, differs=differs))
+    report.add(Comparison(layout, unfit="a stroke would kill its process"))
     report.smallest = report.mismatches
 
     def fake(*_: Any, **__: Any) -> Iterator[Report]:
@@ -52,6 +53,7 @@ def test_a_mismatch_is_printed_with_both_sides_and_the_command_to_see_it_again(
     assert "  > kernel who=main event=mm_khugepaged_scan_pmd scan_pfn=main 3 " in printed
     assert "  > model  event=mm_khugepaged_scan_pmd\n" in printed
     assert "\n2 layouts, 1 mismatches\n" in printed
+    assert "\n1 left out: a stroke would kill its process\n" in printed
     assert "\n1 agreed only when the kernel was asked again\n" in printed
     assert "\n        2  not_suitable_page_count\n" in printed
     assert "\n        2  anon, madvise\n" in printed
@@ -71,6 +73,7 @@ def test_json_has_all_of_it(capsys: Captured) -> None:
         "release": "6.18.0",
         "model": "6.18",
         "layouts": 2,
+        "left_out": {"a stroke would kill its process": 1},
         "kernel_asked_again": 1,
         "scan_results": {"not_suitable_page_count": 2},
         "kinds": {"anon, madvise": 2},
@@ -105,6 +108,17 @@ def test_no_knob_is_turned_without_leave(capsys: Captured) -> None:
     assert main(["conform", "--layouts", "1"]) == 2
     said = capsys.readouterr().err
     assert "--allow-sysfs lets it" in said or "root's" in said or "MADV_COLLAPSE" in said
+
+
+def test_a_layout_that_cannot_be_built_is_named_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    """Status 2; the kernel was not asked."""
+    monkeypatch.setattr(conform, "running_kernel", lambda **_: nullcontext())
+    monkeypatch.setattr(conform, "host_version", lambda: KernelVersion.V6_18)
+    layout = "anon: protect 0+512; write 0+1"
+    assert main(["conform", "--allow-sysfs", "--json", "--layout", layout]) == 2
+    assert f"--layout {layout}: a stroke would kill its process\n" in capsys.readouterr().err
 
 
 def run(capsys: Captured, *arguments: str) -> tuple[int, str]:

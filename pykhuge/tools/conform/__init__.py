@@ -55,11 +55,16 @@ PR_SET_THP_DISABLE, PR_GET_THP_DISABLE = 41, 42
 
 @dataclass
 class Report:
-    """What a run found. release: of the kernel. model: the version the model ran as."""
+    """What a run found. release: of the kernel. model: the version the model ran as.
+
+    left_out: why layouts were not built, and how many. again: how many agreed only when the kernel
+    was asked again.
+    """
 
     release: str
     model: KernelVersion
     layouts: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
     again: int = 0
     results: Counter[str] = field(default_factory=Counter)
     strokes: Counter[str] = field(default_factory=Counter)
@@ -69,6 +74,9 @@ class Report:
 
     def add(self, comparison: Comparison) -> None:
         """Count one more layout."""
+        if comparison.unfit:
+            self.left_out[comparison.unfit] += 1
+            return
         layout = comparison.layout
         self.layouts += 1
         self.again += comparison.again > 0 and comparison.agrees
@@ -85,6 +93,7 @@ class Report:
             "release": self.release,
             "model": self.model.name,
             "layouts": self.layouts,
+            "left_out": dict(self.left_out.most_common()),
             "kernel_asked_again": self.again,
             "mismatches": [_mismatch(each) for each in self.mismatches],
             "smallest": [_mismatch(each) for each in self.smallest],
@@ -135,7 +144,7 @@ def conform(
 ) -> Iterator[Report]:
     """Compare the layouts one by one; yields the same report after each, and at the end.
 
-    Those that would kill the process that builds them are left out.
+    Those that would kill the process that builds them, or never end, are left out and counted.
 
     Args:
         version: what the model runs as.
@@ -143,9 +152,11 @@ def conform(
         shrunk: how many of the mismatches are shrunk to smallest layouts.
     """
     report = Report(platform.release(), version)
-    for comparison in itertools.islice(compare(layouts, host, version), most):
+    for comparison in compare(layouts, host, version):
         report.add(comparison)
         yield report
+        if report.layouts == most:
+            break
     for mismatch in report.mismatches[:shrunk]:
         report.smallest.append(_shrink(mismatch, host, version))
     yield report
@@ -169,8 +180,8 @@ def _shrink(mismatch: Comparison, host: Host, version: KernelVersion) -> Compari
 
     def still(layout: Layout) -> bool:
         nonlocal smallest
-        found = next(compare([layout], host, version), None)
-        if found is None or found.agrees or bool(found.error) != bool(mismatch.error):
+        (found,) = compare([layout], host, version)
+        if found.unfit or found.agrees or bool(found.error) != bool(mismatch.error):
             return False
         smallest = found
         return True

@@ -23,6 +23,7 @@ class Comparison:
     """A layout, what became of it in both, and the names of what differs.
 
     again: how often the kernel was asked again, and at last agreed. error: it, or the model, broke.
+    unfit: why it was not built.
     """
 
     layout: Layout
@@ -31,6 +32,7 @@ class Comparison:
     differs: tuple[str, ...] = ()
     again: int = 0
     error: str = ""
+    unfit: str = ""
 
     @property
     def agrees(self) -> bool:
@@ -48,7 +50,8 @@ def compare(layouts: Iterable[Layout], host: Host, version: KernelVersion) -> It
         for layout in layouts:
             try:
                 comparison = Comparison(layout, model=in_model(layout, kernel=version))
-            except UnfitLayout:
+            except UnfitLayout as unfit:
+                yield Comparison(layout, unfit=unfit.reason)
                 continue
             except Exception as error:  # it is what is looked for
                 comparison = Comparison(layout, error=f"the model: {error!r}")

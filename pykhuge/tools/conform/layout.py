@@ -118,7 +118,11 @@ class Stroke(NamedTuple):
 
 
 class UnfitLayout(Exception):
-    """A stroke would kill the process that does it, or never end."""
+    """A layout that cannot be compared. reason: why, alike for all such. detail: what it met."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
 
 
 def runs(stroke: Stroke) -> list[tuple[int, int]]:

@@ -27,6 +27,10 @@ from pykhuge.tools.conform.observe import (
 __all__ = ["in_model"]
 
 PROT_READ, PROT_WRITE = 1, 2
+# Why a layout is left out.
+KILLS = "a stroke would kill its process"
+WAITS = "a stroke would wait for its own userfaultfd"
+NEVER_RETURNS = "a truncation into a huge page on swap never returns, as seen on 6.18.44"
 ALIAS = BASE + (1 << 30)
 
 
@@ -193,7 +197,7 @@ class _Model:
         file, offset, _ = self._file_range(stroke.first, 0)
         cut, i_pages = offset // PAGE, file.f_mapping.i_pages
         if i_pages.load(cut) < 0 and cut % (1 << i_pages.order(cut)):
-            raise UnfitLayout(f"{stroke}: Linux 6.18 never returns from it, as seen on 6.18.44")
+            raise UnfitLayout(NEVER_RETURNS, str(stroke))
         who.ftruncate(file, offset)
 
     def _alias(self, who: Process, stroke: Stroke) -> None:
@@ -277,8 +281,10 @@ class _Model:
 def _errno(call: Callable[[], object]) -> int:
     try:
         call()
-    except (BusError, SegmentationFault, UserFault) as error:
-        raise UnfitLayout(str(error)) from error
+    except (BusError, SegmentationFault) as error:
+        raise UnfitLayout(KILLS, str(error)) from error
+    except UserFault as error:
+        raise UnfitLayout(WAITS, str(error)) from error
     except OSError as error:
         return error.errno or 0
     return 0
