@@ -130,6 +130,14 @@ def test_a_kernel_by_number_has_the_switches_of_its_time() -> None:
     assert not later.huge_zero_page_gives_huge
 
 
+def test_a_kernel_before_madv_collapse_is_none() -> None:
+    """The oldest is 6.1; what came behind the newest is not known, and is as that."""
+    assert KernelVersion.at(*KernelVersion.OLDEST) == replace(REF, name="6.1")
+    with pytest.raises(ValueError, match=r"Linux 5.19: allowed 6.1 and later"):
+        KernelVersion.at(5, 19)
+    assert KernelVersion.at(7, 0) == replace(V6_18, name="7.0")
+
+
 def test_a_flipped_switch_is_the_only_one() -> None:
     """On the wrong side, whichever that is."""
     assert V6_18.flipped("no_scan_page_ro") == replace(

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import re
+import textwrap
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,7 +14,12 @@ from typing import Any
 from pykhuge.cli.errors import CommandError, import_rich
 from pykhuge.kernel.version import KernelVersion
 from pykhuge.tools.conform import (
+    LIMITS,
+    MEMORIES,
     NOT_REACHABLE,
+    SPELLED,
+    STROKES,
+    WORDS,
     Comparison,
     Lacking,
     Layout,
@@ -21,6 +27,7 @@ from pykhuge.tools.conform import (
     conform,
     draw,
     host_version,
+    kernel_version,
     parse,
     running_kernel,
 )
@@ -54,7 +61,7 @@ def add_parser(commands: Any) -> None:
         "conform",
         help="hold the model against the running kernel",
         description=DESCRIPTION,
-        epilog=EPILOG,
+        epilog=EPILOG + _language(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -79,6 +86,38 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the same for programs")
     parser.set_defaults(run=run)
+
+
+def _language() -> str:
+    """What --layout takes."""
+    memories = [f"  {name:<12} {what}" for name, what in MEMORIES.items()]
+    numbers = [f"{name}=0..{most}" for name, most in LIMITS.items()]
+    words = [f"  {name}={'|'.join(allowed)}" for name, allowed in WORDS.items()]
+    strokes = []
+    for form, spelled in SPELLED.items():
+        names = [name for name, has in STROKES.items() if has == form]
+        strokes.append(
+            textwrap.fill(
+                ", ".join(names),
+                99,
+                break_on_hyphens=False,
+                initial_indent=f"  {spelled or 'alone'}: ",
+                subsequent_indent="    ",
+            )
+        )
+    return "\n".join(
+        [
+            "\na layout is MEMORY [NAME=VALUE ...]: STROKE; STROKE; ...",
+            "  anon blocks=2 via=khugepaged none=200: write 0+512; fork; child.write 3+1",
+            "memory:",
+            *memories,
+            "names, of which numbers are pages but for blocks of 512 of them:",
+            textwrap.fill(", ".join(numbers), 99, initial_indent="  ", subsequent_indent="  "),
+            *words,
+            "strokes, pages counted from the block in which the mapping starts:",
+            *strokes,
+        ]
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -137,6 +176,9 @@ def _lines(report: Report) -> Iterator[str]:
         yield from _mismatch(comparison)
         yield ""
     yield f"Linux {report.release}, model {report.model.name}"
+    if kernel_version(report.release) > KernelVersion.NEWEST:
+        newest = ".".join(map(str, KernelVersion.NEWEST))
+        yield f"what is later than Linux {newest} is not known to the model"
     yield f"{report.layouts} layouts, {len(report.mismatches)} mismatches"
     for why, nr in report.left_out.items():
         yield f"{nr} left out: {why}"

@@ -17,7 +17,7 @@ from pykhuge.cli.kinds import KINDS
 from pykhuge.cli.report import (
     COPIED,
     HOLE,
-    NOT_REACHED,
+    NOT_COPIED,
     POISONED,
     ROLLED_BACK,
     BadLine,
@@ -176,15 +176,12 @@ class Experiment:
     ) -> str:
         """The 512 characters of a range. Without a result the host died where the copy was."""
         first = index * HPAGE_PMD_NR
-        fate, copied = NOT_REACHED, 0
+        nr_copied = met[0].page - first if met else 0
         if result is ScanResult.SCAN_SUCCEED:
-            fate = COPIED
-        elif result is ScanResult.SCAN_COPY_MC:
-            fate = ROLLED_BACK
-        elif result is None and met:
-            copied = met[0].page - first
-        cells = [HOLE if pfn is None else fate for pfn in pfns]
-        cells[:copied] = [COPIED] * copied
+            nr_copied = HPAGE_PMD_NR
+        fates = [ROLLED_BACK if result is ScanResult.SCAN_COPY_MC else COPIED] * nr_copied
+        fates += [NOT_COPIED] * (HPAGE_PMD_NR - nr_copied)
+        cells = [HOLE if pfn is None else fate for pfn, fate in zip(pfns, fates, strict=True)]
         for page, _ in self._bad.get(index, ()):
             cells[page - first] = POISONED
         return "".join(cells)

@@ -26,7 +26,7 @@ from pykhuge.cli.report import (
     COPIED,
     HOLE,
     LEGEND,
-    NOT_REACHED,
+    NOT_COPIED,
     POISONED,
     ROLLED_BACK,
     RangeReport,
@@ -47,7 +47,7 @@ STYLES = {
     HOLE: "dim",
     POISONED: "bold white on red",
     ROLLED_BACK: "yellow",
-    NOT_REACHED: "dim",
+    NOT_COPIED: "dim",
 }
 
 
@@ -141,7 +141,7 @@ def _title(each: RangeReport) -> str:
     title = f"range {each.index}: {each.outcome}"
     if each.result is None:
         return title
-    return title + f", errno {each.result.errno}" + f" {each.errno_name or ''}".rstrip()
+    return title + (f" (MADV_COLLAPSE: {each.errno_name})" if each.errno_name else "")
 
 
 def _left_out(report: Report, shown: list[RangeReport]) -> list[Text]:

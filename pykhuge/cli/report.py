@@ -16,7 +16,7 @@ __all__ = [
     "COPIED",
     "HOLE",
     "LEGEND",
-    "NOT_REACHED",
+    "NOT_COPIED",
     "POISONED",
     "ROLLED_BACK",
     "BadLine",
@@ -30,13 +30,13 @@ EXIT_CONSISTENT, EXIT_INCONSISTENT, EXIT_PANIC = 0, 1, 3
 MAX_FINDINGS = 20
 
 # One character for each page of a map, so that it reads without colour too.
-COPIED, HOLE, POISONED, ROLLED_BACK, NOT_REACHED = "#.X-?"
+COPIED, HOLE, POISONED, ROLLED_BACK, NOT_COPIED = "#.X-?"
 LEGEND = {
     COPIED: "copied",
     HOLE: "hole",
     POISONED: "poisoned",
-    ROLLED_BACK: "rolled back",
-    NOT_REACHED: "not reached",
+    ROLLED_BACK: "copied, rolled back",
+    NOT_COPIED: "not copied",
 }
 
 

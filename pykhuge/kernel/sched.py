@@ -287,11 +287,10 @@ class HasTask(Protocol):
 class BoundSteps(Generic[P, T]):
     """One method of one object: call it, or take its steps."""
 
-    __slots__ = ("_function", "_owner")
-
     def __init__(self, function: Callable[..., Steps[T]], owner: HasTask) -> None:
         self._function = function
         self._owner = owner
+        self.__doc__ = function.__doc__
 
     @property
     def __wrapped__(self) -> Callable[..., Steps[T]]:

@@ -32,6 +32,8 @@ class KernelVersion:
 
     REF: ClassVar[KernelVersion]
     V6_18: ClassVar[KernelVersion]
+    OLDEST: ClassVar[tuple[int, int]] = (6, 1)
+    NEWEST: ClassVar[tuple[int, int]] = (6, 18)
 
     name: str
     exceed_none_is_ebusy: bool = _since(
@@ -188,7 +190,13 @@ class KernelVersion:
 
     @classmethod
     def at(cls, major: int, minor: int) -> KernelVersion:
-        """Linux `major`.`minor`: what differs since then or before."""
+        """Linux `major`.`minor`: what differs since then or before.
+
+        A kernel later than `NEWEST` is as that one, as far as is known here.
+        Raises: ValueError before 6.1, which brought MADV_COLLAPSE.
+        """
+        if (major, minor) < cls.OLDEST:
+            raise ValueError(f"Linux {major}.{minor}: allowed 6.1 and later")
         met = {}
         for name, switch in cls.switches().items():
             since = re.findall("[0-9]+", switch["since"])

@@ -107,7 +107,7 @@ def test_no_knob_is_turned_without_leave(capsys: Captured) -> None:
     """Whoever has no right to it is told so."""
     assert main(["conform", "--layouts", "1"]) == 2
     said = capsys.readouterr().err
-    assert "--allow-sysfs lets it" in said or "root's" in said or "MADV_COLLAPSE" in said
+    assert "--allow-sysfs permits it" in said or "root's" in said or "MADV_COLLAPSE" in said
 
 
 def test_a_layout_that_cannot_be_built_is_named_with_the_reason(

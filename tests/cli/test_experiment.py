@@ -34,7 +34,7 @@ def test_a_poisoned_line_rolls_its_range_back(
     """Every other page of the range is as it was, and all bytes but the line's are verified."""
     report = run_json(make_file(HPAGE), "--poison", f"{page}:{line}")
     (only,) = report["ranges"]
-    assert only["map"] == "-" * page + "X" + "-" * (511 - page)
+    assert only["map"] == "-" * page + "X" + "?" * (511 - page)
     assert (only["result"], only["errno_name"]) == ("SCAN_COPY_MC", "EINVAL")
     assert only["machine_check"] == {"page": page, "line": line}
     assert only["poisoned"] == report["poisoned"] == [{"page": page, "line": line}]
@@ -85,7 +85,7 @@ def test_only_ranges_with_poison_are_rolled_back(make_file: MakeFile, run_json: 
     results = [each["result"] for each in report["ranges"]]
     assert [index for index, name in enumerate(results) if name == "SCAN_COPY_MC"] == [1, 9]
     assert results.count("SCAN_SUCCEED") == 10
-    assert report["ranges"][1]["map"] == "X" + "-" * 511
+    assert report["ranges"][1]["map"] == "X" + "?" * 511
     assert report["ranges"][11]["map"] == "#" * 6 + "." * 506
     assert report["bytes"]["verified"] == 12 * HPAGE - 2 * 64
 

@@ -100,7 +100,7 @@ def test_the_next_run_puts_back_what_a_killed_keeper_left(before: dict[str, str]
 def test_nothing_is_turned_without_leave(before: dict[str, str]) -> None:
     """The flag is named."""
     with (
-        pytest.raises(Lacking, match="--allow-sysfs lets it"),
+        pytest.raises(Lacking, match="--allow-sysfs permits it"),
         knobs.prepared(allow_sysfs=False),
     ):
         pass

@@ -51,7 +51,7 @@ def test_the_same_seed_draws_the_same_layouts() -> None:
         ("anon: thp-disable 3", "thp-disable 3: allowed 0..2"),
         (
             "anon blocks=x: write 0+1",
-            "blocks=x: allowed via=, enabled=, shmem=, size=, size_shmem=",
+            "blocks=x: allowed via=, enabled=, shmem=, size=, size_shmem= and a",
         ),
         ("anon colour=3: write 0+1", "colour=3: allowed via=, enabled=, shmem=, size=, size_shm"),
         ("anon blocks=9: ", "blocks=9: allowed 0..8"),

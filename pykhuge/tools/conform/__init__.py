@@ -21,13 +21,25 @@ from pykhuge.tools.conform.compare import Comparison, compare, shrink
 from pykhuge.tools.conform.generate import layout as draw_layout
 from pykhuge.tools.conform.host import Host
 from pykhuge.tools.conform.knobs import Lacking, kernel_version, prepared
-from pykhuge.tools.conform.layout import CONTEXTS, MEMORIES, STROKES, Layout, parse
+from pykhuge.tools.conform.layout import (
+    CONTEXTS,
+    LIMITS,
+    MEMORIES,
+    SPELLED,
+    STROKES,
+    WORDS,
+    Layout,
+    parse,
+)
 
 __all__ = [
     "CONTEXTS",
+    "LIMITS",
     "MEMORIES",
     "NOT_REACHABLE",
+    "SPELLED",
     "STROKES",
+    "WORDS",
     "Comparison",
     "Host",
     "Lacking",
@@ -36,6 +48,7 @@ __all__ = [
     "conform",
     "draw",
     "host_version",
+    "kernel_version",
     "parse",
     "running_kernel",
 ]

@@ -97,7 +97,7 @@ class Host:
 
     def __init__(self, trace: Path) -> None:
         serve = f"import sys; from {__name__} import serve; serve(sys.argv[1])"
-        command = [sys.executable, "-c", serve, str(trace)]
+        command = [sys.executable, "-P", "-c", serve, str(trace)]
         # Its own arrays are nothing for khugepaged.
         environment = os.environ | {"NUMPY_MADVISE_HUGEPAGE": "0"}
         self._server = subprocess.Popen(

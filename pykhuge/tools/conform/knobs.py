@@ -20,6 +20,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pykhuge.kernel.version import KernelVersion
+
 __all__ = [
     "KHUGEPAGED_SLEEPS",
     "THP",
@@ -42,9 +44,9 @@ class Lacking(Exception):
     """What this machine has not, or is not allowed to do."""
 
 
-def kernel_version() -> tuple[int, int]:
-    """Major and minor number of the running kernel."""
-    major, minor = re.findall(r"\d+", platform.release())[:2]
+def kernel_version(release: str = "") -> tuple[int, int]:
+    """Major and minor number of a release, of the running kernel's if none is given."""
+    major, minor = re.findall(r"\d+", release or platform.release())[:2]
     return int(major), int(minor)
 
 
@@ -54,7 +56,7 @@ def check() -> None:
         raise Lacking(f"layouts are of x86-64's pages, this is {platform.machine()}")
     if os.geteuid():
         raise Lacking("pagemap and tracefs are root's")
-    if not THP.exists() or kernel_version() < (6, 1):
+    if not THP.exists() or kernel_version() < KernelVersion.OLDEST:
         raise Lacking(f"Linux {platform.release()} has no MADV_COLLAPSE, or it is not built in")
 
 
@@ -67,8 +69,12 @@ def prepared(*, allow_sysfs: bool) -> Iterator[Path]:
     """
     check()
     if not allow_sysfs:
-        raise Lacking("the knobs of transparent_hugepage must be turned: --allow-sysfs lets it")
-    command = [sys.executable, "-c", f"from {__name__} import keep; keep()"]
+        raise Lacking(
+            "the knobs of transparent_hugepage are turned, for all processes:"
+            " --allow-sysfs permits it"
+        )
+    # -P: what lies in the current folder is not what is installed.
+    command = [sys.executable, "-P", "-c", f"from {__name__} import keep; keep()"]
     keeper = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -18,9 +18,11 @@ from typing import NamedTuple
 __all__ = [
     "BLOCK",
     "CONTEXTS",
+    "LIMITS",
     "MEMORIES",
     "NR",
     "PAGE",
+    "SPELLED",
     "STROKES",
     "WITH_FILE",
     "WORDS",
@@ -242,7 +244,7 @@ def parse(text: str) -> Layout:
             values[name] = int(value)
         else:
             choices, numbers = "=, ".join(WORDS), "=, ".join(LIMITS)
-            raise ValueError(f"{word}: allowed {choices}=, {numbers}= and a number")
+            raise ValueError(f"{word}: allowed {choices}= and a word, {numbers}= and a number")
     strokes = tuple(_parse_stroke(each.strip()) for each in tail.split(";") if each.strip())
     return Layout(words[0], strokes=strokes, **values)  # type: ignore[arg-type]
 
