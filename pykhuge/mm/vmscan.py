@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_SIZE, PAGE_SHIFT
@@ -82,12 +84,8 @@ def pageout_range(mem: Memory, vma: Vma, start: int, end: int) -> None:
     for low, high in each_block(start, end):
         _reclaim_huge_file_page(mem, vma, low, high)
         ptes = _small_ptes(mem, vma, low, high, to_swap=True)
-        for place in range(len(ptes)):
+        for place in _small_places(mem, vma, ptes, to_swap=True):
             pte = int(ptes[place])
-            if pte & PAGE_PRESENT and mem.pages.is_compound(pte_pfn(pte)):
-                if not _large_folio(mem, vma, ptes, place, to_swap=True):
-                    break
-                pte = int(ptes[place])
             pfn = pte_pfn(pte)
             if pte & PAGE_PRESENT and pfn != mem.zero_pfn and _may_reclaim(mem, pfn):
                 ptes[place] &= np.uint64(~PAGE_ACCESSED & (1 << 64) - 1)
@@ -115,8 +113,10 @@ def _reclaim_file_folio(mem: Memory, mapping: AddressSpace, head: int) -> None:
     """shrink_folio_list() of a compound page of a page cache, which this mm alone maps.
 
     Since 6.14 shmem is not split for that, unless the end of the file lies in it or swap has no
-    room: its pages are told apart here, but have one entry in the cache.
+    room: its pages are told apart here, but have one entry in the cache if all were written.
     """
+    if mem.pages.flags[head] & (PG_locked | PG_lru) != PG_lru:
+        return
     index, nr = int(mem.pages.index[head]), mem.pages.compound_nr(head)
     order, inode = int(mem.pages.order[head]), mapping.host
     whole = mem.version.shmem_swaps_huge and isinstance(inode, ShmemInode)
@@ -175,17 +175,12 @@ def mark_page_lazyfree_range(mem: Memory, vma: Vma, start: int, end: int) -> Non
         if high - low == HPAGE_PMD_SIZE and _free_huge_pmd(mem, vma, low):
             continue
         ptes = _small_ptes(mem, vma, low, high)
-        for place in range(len(ptes)):
+        for place in _small_places(mem, vma, ptes, to_swap=False):
             pte = int(ptes[place])
             addr = low + (place << PAGE_SHIFT)
             if pte and not pte & PAGE_PRESENT:
                 zap_page_range(mem, vma, addr, addr + (1 << PAGE_SHIFT))
-                continue
-            if pte and mem.pages.is_compound(pte_pfn(pte)):
-                if not _large_folio(mem, vma, ptes, place):
-                    break
-                pte = int(ptes[place])  # a split may have put the zero page there
-            if pte and pte_pfn(pte) != mem.zero_pfn and _may_lazyfree(mem, pte_pfn(pte)):
+            elif pte and pte_pfn(pte) != mem.zero_pfn and _may_lazyfree(mem, pte_pfn(pte)):
                 ptes[place] = pte & ~(PAGE_ACCESSED | PAGE_DIRTY)
                 _mark_lazyfree(mem, pte_pfn(pte))
 
@@ -219,6 +214,8 @@ def _small_ptes(mem: Memory, vma: Vma, low: int, high: int, *, to_swap: bool = F
         if not alone or _others_map(mem, vma, head):
             return mem.ram.words[0, :0]
         whole = to_swap and high - low == HPAGE_PMD_SIZE
+        if whole and _in_use(mem, head) and mem.pages.flags[head] & PG_swapbacked:
+            return mem.ram.words[0, :0]
         if whole and not mem.pages.flags[head] & PG_swapbacked:
             split_huge_pmd(mem, vma, low)
             _discard_lazyfree(mem, vma, ptes_of(mem, vma.mm, low, high), head)
@@ -232,42 +229,75 @@ def _small_ptes(mem: Memory, vma: Vma, low: int, high: int, *, to_swap: bool = F
     return mem.ram.words[pte_pfn(pmd), first : first + (high - low >> PAGE_SHIFT)]
 
 
-def _large_folio(mem: Memory, vma: Vma, ptes: Ptes, place: int, *, to_swap: bool = False) -> bool:
-    """MADV_FREE, or MADV_PAGEOUT, of a compound page mapped by PTEs. False: the walk ends here.
+def _small_places(mem: Memory, vma: Vma, ptes: Ptes, *, to_swap: bool) -> Iterator[int]:
+    """The places of `ptes` that map no part of a compound page; those are dealt with on the way."""
+    place = 0
+    while place < len(ptes):
+        pte = int(ptes[place])
+        if not pte & PAGE_PRESENT or not mem.pages.is_compound(pte_pfn(pte)):
+            yield place
+            place += 1
+            continue
+        done = _large_folio(mem, vma, ptes, place, to_swap=to_swap)
+        if done is None:
+            return
+        place += done
+
+
+def _large_folio(mem: Memory, vma: Vma, ptes: Ptes, place: int, *, to_swap: bool) -> int | None:
+    """MADV_FREE, or MADV_PAGEOUT, of a compound page mapped by `ptes` from `place` on.
 
     The series splits one that a single entry maps, and walks no further otherwise. Later kernels
     take it whole if all of it is in the range, and split it if not and it is this mm's alone.
+    Returns: how many entries are done with, 0 if it was split; None if the walk ends here.
     """
     pages, head = mem.pages, mem.pages.head_of(pte_pfn(int(ptes[place])))
     if not mem.version.large_folios:
-        return pages.total_mapcount(head) == 1 and _split(mem, head)
-    whole = slice(place, place + pages.compound_nr(head))
-    mapped = pte_pfns(ptes[whole]) * (ptes[whole] & U_PRESENT != 0)
-    if not np.array_equal(mapped, np.arange(head, head + pages.compound_nr(head))):
-        if not mapped_by_another(mem, vma.mm, head):
-            _split(mem, head)
-        return True
-    alone = pages.total_mapcount(head) == pages.compound_nr(head)
-    if not to_swap:
-        if alone or not pages.flags[head] & PG_dirty:
-            ptes[whole] &= np.uint64(~(PAGE_ACCESSED | PAGE_DIRTY) & (1 << 64) - 1)
-            pages.flags[head] &= np.uint32(~PG_dirty & 0xFFFFFFFF)
-            _mark_lazyfree(mem, head)
-    elif alone and pages.flags[head] & PG_lru:
-        _reclaim_folio(mem, vma, ptes[whole], head)
-    return True
+        return 0 if pages.total_mapcount(head) == 1 and _split(mem, head) else None
+    nr, batch = pages.compound_nr(head), _pte_batch(mem, ptes[place:], head)
+    if batch < nr:
+        split = not mapped_by_another(mem, vma.mm, head) and _split(mem, head)
+        return 0 if split else batch
+    alone = pages.total_mapcount(head) == nr
+    if to_swap:
+        split = alone and _reclaim_folio(mem, vma, ptes[place : place + nr], head)
+        return 0 if split else nr
+    if not pages.flags[head] & PG_dirty or (alone and not pages.flags[head] & PG_locked):
+        ptes[place : place + nr] &= np.uint64(~(PAGE_ACCESSED | PAGE_DIRTY) & (1 << 64) - 1)
+        pages.flags[head] &= np.uint32(~PG_dirty & 0xFFFFFFFF)
+        _mark_lazyfree(mem, head)
+    return nr
 
 
-def _reclaim_folio(mem: Memory, vma: Vma, ptes: Ptes, head: int) -> None:
-    """shrink_folio_list() of a compound page that `ptes` alone map."""
-    pages, mapping = mem.pages, mem.mappings[int(mem.pages.mapping[head])]
+def _pte_batch(mem: Memory, ptes: Ptes, head: int) -> int:
+    """madvise_folio_pte_batch(): how many entries from the first on map page after page of it."""
+    first = pte_pfn(int(ptes[0]))
+    pfns = np.arange(first, head + mem.pages.compound_nr(head))[: len(ptes)]
+    ptes = ptes[: len(pfns)]
+    alike = (pte_pfns(ptes) == pfns) & (ptes & U_PRESENT != 0)
+    return len(alike) if alike.all() else int(alike.argmin())
+
+
+def _reclaim_folio(mem: Memory, vma: Vma, ptes: Ptes, head: int) -> bool:
+    """shrink_folio_list() of a compound page that `ptes` alone map.
+
+    Returns: whether it was split, for its pages to go to swap one by one.
+    """
+    mapping, flags = mem.mappings[int(mem.pages.mapping[head])], mem.pages.flags[head]
     if isinstance(mapping, AddressSpace):
         _reclaim_file_folio(mem, mapping, head)
-    elif not pages.flags[head] & PG_swapbacked:
+    elif flags & (PG_lru | PG_locked) == PG_lru:
+        if flags & PG_swapbacked:
+            fits = _room_for(mem, len(ptes))
+            return not _in_use(mem, head) and _split(mem, head, to_swap=fits)
         _discard_lazyfree(mem, vma, ptes, head)
-    else:
-        # Its pages go one by one.
-        _split(mem, head, to_swap=_room_for(mem, pages.compound_nr(head)))
+    return False
+
+
+def _in_use(mem: Memory, head: int) -> bool:
+    """Not can_split_folio(): somebody refers to it besides those who map it, or has locked it."""
+    locked = mem.pages.flags[head] & PG_locked
+    return bool(locked) or mem.pages.refcount[head] != mem.pages.total_mapcount(head)
 
 
 def _others_map(mem: Memory, vma: Vma, head: int) -> bool:

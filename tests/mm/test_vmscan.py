@@ -24,7 +24,16 @@ from collapse_kit import (
     rss,
 )
 
-from pykhuge import Advice, BusError, KernelVersion, Machine, Process, ScanResult
+from pykhuge import (
+    PROT_READ,
+    PROT_WRITE,
+    Advice,
+    BusError,
+    KernelVersion,
+    Machine,
+    Process,
+    ScanResult,
+)
 from pykhuge.mm.page import PG_anon_exclusive, PG_head, PG_swapbacked, PG_swapcache
 
 S = ScanResult
@@ -341,6 +350,49 @@ def test_a_lazily_freed_huge_page_is_dropped_whole_or_not_at_all(
         assert flags_of(process, head) & PG_head
         assert flags_of(process, head) & PG_swapbacked
         assert process.read(addr, HPAGE) == block_bytes()
+
+
+@pytest.mark.parametrize("advice", [Advice.MADV_FREE, Advice.MADV_PAGEOUT])
+@pytest.mark.parametrize("held", [False, True])
+def test_later_kernels_take_a_huge_page_mapped_by_entries_whole(
+    make_machine: MakeMachine, advice: Advice, held: bool
+) -> None:
+    """Nothing is split to free it; one in use is not tried to be split for swap."""
+    machine = make_machine(kernel=KernelVersion.V6_18, swap="16M")
+    process = machine.process()
+    addr = advised(process)
+    process.write(addr, block_bytes())
+    head = pfn_of(process, addr, 0)
+    machine.lru_add_drain_all()
+    process.mprotect(addr, PAGE, PROT_READ)
+    process.mprotect(addr, PAGE, PROT_READ | PROT_WRITE)
+    assert not process.is_huge(addr)
+    if held:
+        process.get(addr + 3 * PAGE, PAGE)
+    before = counters(machine, process)
+    process.madvise(addr, HPAGE, advice)
+    moved = changes(before, counters(machine, process))
+    assert "thp_split_page" not in moved
+    assert "thp_split_page_failed" not in moved
+    if advice is Advice.MADV_FREE or held:
+        assert flags_of(process, head) & PG_head
+        assert bool(flags_of(process, head) & PG_swapbacked) is (advice is Advice.MADV_PAGEOUT)
+    else:
+        assert rss(process)["MM_SWAPENTS"] == NR
+
+
+def test_part_of_a_huge_page_in_use_is_tried_once(make_machine: MakeMachine) -> None:
+    """The batch of entries is passed over then."""
+    machine = make_machine(kernel=KernelVersion.V6_18, swap="16M")
+    process = machine.process()
+    addr = advised(process)
+    process.write(addr, block_bytes())
+    machine.lru_add_drain_all()
+    process.mprotect(addr, PAGE, PROT_READ)
+    process.get(addr + 3 * PAGE, PAGE)
+    process.madvise(addr + PAGE, 300 * PAGE, Advice.MADV_PAGEOUT)
+    assert machine.vmstat()["thp_split_page_failed"] == 1
+    assert rss(process)["MM_ANONPAGES"] == NR
 
 
 @pytest.mark.parametrize("poisoned", [False, True])
