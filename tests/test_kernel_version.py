@@ -1,6 +1,7 @@
 """KernelVersion: what each switch changes, and that nothing else does."""
 
 import errno
+import os
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
@@ -901,6 +902,39 @@ def test_a_fault_in_shmem_that_no_pmd_could_answer(
     assert present(process, addr) == 1
 
 
+def test_fault_around_leaves_out_what_is_known_to_be_bad(make_machine: MakeMachine) -> None:
+    """A page of a huge one that could not be split when it was found to be bad."""
+    machine = make_machine(kernel=V6_18)
+    block = shmem_block(machine)
+    assert madv_collapse(block.process, block.addr) is None
+    pfn = block.pfn(20)
+    held = block.process.get(block.addr + 20 * PAGE, PAGE)
+    assert refused(lambda: machine.memory_failure(pfn)) == errno.EBUSY
+    block.process.madvise(block.addr, HPAGE, Advice.MADV_DONTNEED)
+    block.process.read(block.addr + 30 * PAGE, 1)
+    assert present(block.process, block.addr) == NR - 1
+    assert block.process.pfn(block.addr + 20 * PAGE) is None
+    held.release()
+
+
+@pytest.mark.parametrize("kernel", [REF, V6_18], ids=["REF", "6.18"])
+def test_a_mapping_out_of_step_maps_what_is_cached_around_a_hole(
+    make_machine: MakeMachine, kernel: KernelVersion
+) -> None:
+    """Fault-around comes first, and looks at two blocks of the file there."""
+    machine = make_machine(kernel=kernel)
+    machine.thp.shmem_enabled = "advise"
+    block = shmem_block(machine, range(504, NR))
+    block.process.ftruncate(block.file, 2 * HPAGE)
+    aside = block.process.mmap(
+        HPAGE, addr=1 << 40, fixed=True, file=block.file, offset=504 * PAGE, shared=True
+    )
+    block.process.madvise(aside, HPAGE, Advice.MADV_HUGEPAGE)
+    assert block.process.read(aside + 8 * PAGE, PAGE) == bytes(PAGE)
+    assert cache_is_huge(block.file, NR) is (kernel is REF)
+    assert present(block.process, aside) == 9
+
+
 @pytest.mark.parametrize("kernel", [REF, V6_18], ids=["REF", "6.18"])
 def test_all_of_an_access_is_mapped_where_a_huge_page_comes_that_does_not_fit(
     make_machine: MakeMachine, kernel: KernelVersion
@@ -979,6 +1013,7 @@ def test_the_knob_of_the_size_decides_for_anonymous_memory(
         ("never", "advise", False, True),
         ("advise", "never", False, False),
         ("advise", "never", True, False),
+        ("never", "within_size", False, True),
         ("never", "inherit", True, True),
         ("never", "inherit", False, False),
         ("deny", "always", True, False),
@@ -989,7 +1024,7 @@ def test_the_knob_of_the_size_decides_for_anonymous_memory(
 def test_the_knob_of_the_size_decides_for_anonymous_shmem(
     make_machine: MakeMachine, top: str, size: str, forced: bool, huge: bool
 ) -> None:
-    """For MADV_COLLAPSE, too; files of a mounted tmpfs go by their mount."""
+    """For MADV_COLLAPSE, too."""
     machine = make_machine(kernel=V6_18)
     machine.thp.shmem_enabled, machine.thp.size_shmem_enabled = top, size
     process = machine.process()
@@ -1001,6 +1036,46 @@ def test_the_knob_of_the_size_decides_for_anonymous_shmem(
     assert process.is_huge(addr) is huge
 
 
+@pytest.mark.parametrize(("size", "huge"), [("within_size", False), ("advise", True)])
+def test_within_size_of_the_size_is_not_advice_too(
+    make_machine: MakeMachine, size: str, huge: bool
+) -> None:
+    """As within_size of a mount is: a file that ends before the block gets small pages."""
+    machine = make_machine(kernel=V6_18)
+    machine.thp.size_shmem_enabled = size
+    process = machine.process()
+    file = process.memfd_create("short")
+    process.ftruncate(file, 100 * PAGE)
+    addr = process.mmap(HPAGE, file=file, shared=True)
+    process.madvise(addr, HPAGE, Advice.MADV_HUGEPAGE)
+    process.write(addr, b"x")
+    assert process.is_huge(addr) is huge
+
+
+def test_a_version_of_the_knobs_cannot_be_changed(make_machine: MakeMachine) -> None:
+    """It is the machine's."""
+    thp = make_machine(kernel=V6_18).thp
+    with pytest.raises(AttributeError, match=r"version=.*: read only, it is 6.18"):
+        thp.version = REF
+
+
+@pytest.mark.parametrize(("size", "mounted"), [("never", "always"), ("always", "never")])
+def test_files_of_a_mounted_tmpfs_go_by_their_mount(
+    make_machine: MakeMachine, size: str, mounted: str
+) -> None:
+    """Neither knob is asked, except by what is anonymous."""
+    machine = make_machine(kernel=V6_18)
+    machine.thp.size_shmem_enabled = size
+    process = machine.process()
+    file = process.open("f", os.O_RDWR | os.O_CREAT, tmpfs=machine.tmpfs(huge=mounted))
+    process.ftruncate(file, HPAGE)
+    addrs = process.mmap(HPAGE, file=file, shared=True), process.mmap(HPAGE, shared=True)
+    for addr in addrs:
+        process.write(addr, b"x")
+    huge = [process.is_huge(addr) for addr in addrs]
+    assert huge == [mounted == "always", size == "always"]
+
+
 def test_force_wants_the_size_to_inherit(make_machine: MakeMachine) -> None:
     """EINVAL, and nothing has changed; the other way round it can be."""
     machine = make_machine(kernel=V6_18)
@@ -1010,6 +1085,7 @@ def test_force_wants_the_size_to_inherit(make_machine: MakeMachine) -> None:
     machine.sysfs[SIZES + "shmem_enabled"] = "inherit"
     machine.sysfs["shmem_enabled"] = "force"
     machine.sysfs[SIZES + "shmem_enabled"] = "never"
+    assert (machine.thp.shmem_enabled, machine.thp.size_shmem_enabled) == ("force", "never")
 
 
 @by("khugepaged_runs_for_shmem")

@@ -20,7 +20,7 @@ from pykhuge.hw.memory import (
 )
 from pykhuge.mm.copy_mc import copy_mc_page
 from pykhuge.mm.errors import BUS_ADRERR, BUS_MCEERR_AR, BusError, PageLocked, UserFault
-from pykhuge.mm.filemap import file_page, file_pages
+from pykhuge.mm.filemap import file_pages
 from pykhuge.mm.huge_memory import OutOfMemory, transhuge_vma_suitable, vma_thp_disabled
 from pykhuge.mm.mm_types import (
     VM_HUGEPAGE,
@@ -37,7 +37,6 @@ from pykhuge.mm.new_pages import (
     map_new_pages,
     new_user_pages,
     pmd_table,
-    pte_table,
 )
 from pykhuge.mm.page import (
     Pfns,
@@ -94,11 +93,7 @@ def do_set_pmd(mem: Memory, vma: Vma, haddr: int, head: int, *, write: bool) -> 
     False, and nothing happens, if the VMA is not suitable or the PMD is not none, and, in later
     kernels, if the VMA or its process wants no huge pages.
     """
-    if not transhuge_vma_suitable(vma, haddr) or pmd_of(mem, vma.mm, haddr):
-        return False
-    if mem.version.set_pmd_heeds_nohugepage and vma_thp_disabled(vma, vma.vm_flags, forced=True):
-        return False
-    if mem.pages.flags[head] & PG_has_hwpoisoned:
+    if not _may_set_pmd(mem, vma, haddr) or mem.pages.flags[head] & PG_has_hwpoisoned:
         return False
     pmd_table(mem, vma.mm, haddr)
     prot = _vm_page_prot(vma) | PAGE_PSE
@@ -111,21 +106,27 @@ def do_set_pmd(mem: Memory, vma: Vma, haddr: int, head: int, *, write: bool) -> 
     return True
 
 
+def _may_set_pmd(mem: Memory, vma: Vma, haddr: int) -> bool:
+    if not transhuge_vma_suitable(vma, haddr) or pmd_of(mem, vma.mm, haddr):
+        return False
+    refused = vma_thp_disabled(vma, vma.vm_flags, forced=True)
+    return not (refused and mem.version.set_pmd_heeds_nohugepage)
+
+
 def map_huge_file_page(mem: Memory, vma: Vma, addr: int, write: bool) -> bool:
     """Answer a fault at `addr`, where the PMD is none, by the huge page cached there, or a new one.
 
-    False: go on with PTEs, by which a new one that does not fit is mapped already.
-    Raises: PageLocked, BusError, UserFault.
+    False: there is none, or it must be mapped by PTEs. Raises: PageLocked, BusError, UserFault.
     """
     assert vma.vm_file is not None
     mapping, index = vma.vm_file.f_mapping, vma.linear_page_index(addr)
     inode = mapping.host
-    if write and not vma.vm_flags & VM_SHARED:
+    haddr = addr & -HPAGE_PMD_SIZE
+    if (write and not vma.vm_flags & VM_SHARED) or not _may_set_pmd(mem, vma, haddr):
         return False
     if index << PAGE_SHIFT >= inode.i_size:
         raise BusError(addr, BUS_ADRERR)
-    comes = isinstance(inode, ShmemInode) and _comes_huge(mem, vma, inode, index)
-    if comes:
+    if isinstance(inode, ShmemInode) and _comes_huge(mem, vma, inode, index):
         with _sigbus_at(addr):
             _get_pages(mem, vma, index, 1)
     if mapping.i_pages.order(index) != HPAGE_PMD_ORDER:
@@ -133,18 +134,13 @@ def map_huge_file_page(mem: Memory, vma: Vma, addr: int, write: bool) -> bool:
     head = mapping.i_pages.load(index)
     if mem.pages.flags[head] & PG_locked:
         raise PageLocked(head)
-    if do_set_pmd(mem, vma, addr & -HPAGE_PMD_SIZE, head, write=write):
-        mem.pages.refcount[head] += 1
-        if write:
-            set_page_dirty(mem, np.array([head]))
-        mem.vmstat.count(PGFAULT)
-        return True
-    if comes:
-        # It is mapped within this fault: fault-around came before it, and found nothing.
-        ptes = mem.ram.words[pte_table(mem, vma.mm, addr)]
-        _finish_fault(mem, vma, addr, ptes, np.array([file_page(mem, head, index)]), write=write)
-        mem.vmstat.count(PGFAULT)
-    return False
+    if not do_set_pmd(mem, vma, haddr, head, write=write):
+        return False
+    mem.pages.refcount[head] += 1
+    if write:
+        set_page_dirty(mem, np.array([head]))
+    mem.vmstat.count(PGFAULT)
+    return True
 
 
 def _comes_huge(mem: Memory, vma: Vma, inode: ShmemInode, index: int) -> bool:
@@ -221,7 +217,9 @@ def _add_whole_folios(mem: Memory, vma: Vma, addr: int, around: Pfns) -> None:
         at = addr + (place - pte_index(addr) << PAGE_SHIFT)
         whole = _places_of_folio(mem, vma, at, int(around[place]))
         if whole is not None:
-            around[whole] = head + np.arange(mem.pages.compound_nr(head))
+            pfns = np.arange(head, head + mem.pages.compound_nr(head))
+            bad = mem.pages.flags[pfns] & np.uint32(PG_hwpoison) != 0
+            around[whole] = np.where(bad, 0, pfns)
 
 
 def _places_of_folio(mem: Memory, vma: Vma, addr: int, pfn: int) -> slice | None:
@@ -273,21 +271,29 @@ def _map_run(
     return _finish_fault(mem, vma, addr, ptes, pages, write=write)
 
 
+def _maps_whole_folios(mem: Memory, vma: Vma) -> bool:
+    """Of shmem first, of all files since fault-around does so too; not where somebody watches."""
+    assert vma.vm_file is not None
+    shmem = isinstance(vma.vm_file.inode, ShmemInode)
+    wanted = shmem or mem.version.fault_around_maps_folios
+    return wanted and mem.version.finish_fault_maps_folios and not vma.userfaultfd_armed()
+
+
 def _finish_fault(mem: Memory, vma: Vma, addr: int, ptes: Ptes, pages: Pfns, *, write: bool) -> int:
     """Map `pages` from `addr` on, each for a fault of its own; returns how many that were.
 
     Later kernels answer one fault by all of a compound page, if it fits and nothing is in its way.
     """
     place = pte_index(addr)
-    if mem.version.finish_fault_maps_folios:
-        compound = mem.pages.flags[pages] & U_COMPOUND != 0
-        pages = pages[: max(1, int(compound.argmax()))] if compound.any() else pages
-        whole = _places_of_folio(mem, vma, addr, int(pages[0])) if compound[0] else None
-        if whole is not None and not ptes[whole].any() and not vma.userfaultfd_armed():
-            head = mem.pages.head_of(int(pages[0]))
-            pfns = head + np.arange(mem.pages.compound_nr(head))
-            map_file_pages(mem, vma, ptes, np.arange(whole.start, whole.stop), pfns, write=write)
+    if _maps_whole_folios(mem, vma):
+        small = run_of_none(mem.pages.order[pages])  # before the first compound page
+        whole = None if small else _places_of_folio(mem, vma, addr, int(pages[0]))
+        if whole is not None and not ptes[whole].any():
+            places = np.arange(whole.start, whole.stop)
+            pfns = mem.pages.head_of(int(pages[0])) + places - whole.start
+            map_file_pages(mem, vma, ptes, places, pfns, write=write)
             return 1
+        pages = pages[: max(1, small)]
     map_file_pages(mem, vma, ptes, np.arange(place, place + len(pages)), pages, write=write)
     return len(pages)
 

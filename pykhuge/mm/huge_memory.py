@@ -174,25 +174,27 @@ def shmem_is_huge(
     flags = vm_flags if vm_flags is not None else vma.vm_flags if vma is not None else 0
     if vma is not None and vma_thp_disabled(vma, flags, forced=force):
         return False
-    anonymous, size_enabled = inode.i_sb is mem.shm_mnt, mem.thp.size_shmem_enabled
-    if vma is not None and anonymous and size_enabled != "inherit":
-        return mem.thp.shmem_enabled != "force" and _policy_gives(size_enabled, inode, index, flags)
+    size_enabled = mem.thp.size_shmem_enabled
+    if vma is not None and inode.i_nlink == 0 and size_enabled != "inherit":
+        if mem.thp.shmem_enabled == "force":
+            return False
+        # Of its policies each is for itself; that of a mount which is within_size is advise, too.
+        advice = flags & VM_HUGEPAGE if size_enabled == "advise" else 0
+        return _policy_gives(size_enabled, inode, index, advice)
     if force or mem.thp.shmem_enabled == "force":
         return True
-    policy = mem.thp.shm_mnt_huge if anonymous else inode.i_sb.huge
-    return _policy_gives(policy, inode, index, flags)
+    policy = mem.thp.shm_mnt_huge if inode.i_sb is mem.shm_mnt else inode.i_sb.huge
+    return _policy_gives(policy, inode, index, flags & VM_HUGEPAGE)
 
 
-def _policy_gives(policy: str, inode: ShmemInode, index: int, flags: int) -> bool:
+def _policy_gives(policy: str, inode: ShmemInode, index: int, advised: int) -> bool:
     if policy == "always":
         return True
     if policy == "within_size":
         end = (index // HPAGE_PMD_NR + 1) * HPAGE_PMD_NR
         if -(-inode.i_size // PAGE_SIZE) >= end:
             return True
-    if policy in ("within_size", "advise"):
-        return bool(flags & VM_HUGEPAGE)
-    return False
+    return policy in ("within_size", "advise") and bool(advised)
 
 
 def _enabled_for(enabled: str, vm_flags: int) -> bool:

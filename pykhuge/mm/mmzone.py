@@ -153,6 +153,8 @@ class ThpSettings:
     def __setattr__(self, name: str, value: object) -> None:
         if name == "on_enabled" and not callable(value):
             raise TypeError(f"on_enabled={value!r}: allowed a function of a boolean")
+        if name == "version" and "version" in vars(self):
+            raise AttributeError(f"version={value!r}: read only, it is {self.version.name}")
         if name in ("on_enabled", "version"):
             object.__setattr__(self, name, value)
             return
@@ -177,15 +179,16 @@ class ThpSettings:
                 f"shmem_enabled='force': allowed with size_shmem_enabled='inherit', "
                 f"not {self.size_shmem_enabled!r}"
             )
-        before = getattr(self, name)
+        before = getattr(self, name), self.shm_mnt_huge
         object.__setattr__(self, name, bool(value) if name == "use_zero_page" else value)
+        if name == "shmem_enabled" and value not in ("deny", "force"):
+            object.__setattr__(self, "shm_mnt_huge", value)
         try:
             self._tell(name)
         except WouldBlock:
-            object.__setattr__(self, name, before)
+            object.__setattr__(self, name, before[0])
+            object.__setattr__(self, "shm_mnt_huge", before[1])
             raise
-        if name == "shmem_enabled" and value not in ("deny", "force"):
-            object.__setattr__(self, "shm_mnt_huge", value)
 
     def _tell(self, name: str) -> None:
         """Whoever writes a knob starts and stops the daemon, if it is one that may."""
