@@ -259,8 +259,12 @@ class Process(UserAccess, FileCalls):
         allowed = ("no", "completely", "except_advised") if spares else ("no", "completely")
         if how not in allowed:
             raise ValueError(f"thp_disable={how!r}: allowed {', '.join(allowed)}")
-        self.mm.flags &= ~sum(_THP_DISABLE.values())
-        self.mm.flags |= _THP_DISABLE.get(how, 0)
+        self.task.run(self._set_thp_disable(_THP_DISABLE.get(how, 0)))
+
+    def _set_thp_disable(self, bit: int) -> Steps[None]:
+        yield Acquire(self.mm.mmap_lock, WRITE)
+        self.mm.flags = self.mm.flags & ~sum(_THP_DISABLE.values()) | bit
+        yield Release(self.mm.mmap_lock)
 
     @property
     def node(self) -> int:

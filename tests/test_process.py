@@ -19,7 +19,7 @@ from collapse_kit import (
 )
 from file_kit import memfd
 
-from pykhuge import Advice, BusError, KernelVersion, Machine, Process
+from pykhuge import Advice, BusError, KernelVersion, Machine, Process, WouldBlock
 from pykhuge.mm.mm_types import VM_HUGEPAGE
 
 
@@ -336,3 +336,15 @@ def test_names_are_cut_where_the_kernel_cuts_them(machine: Machine) -> None:
     with pytest.raises(BusError):
         process.read(addr, 1)
     assert any(f"SIGBUS to qemu-system-x86:{process.pid} due" in line for line in machine.log)
+
+
+def test_thp_disable_takes_mmap_lock(machine: Machine, process: Process) -> None:
+    """Where a paused task has it, nothing changes."""
+    task = machine.spawn(process.mmap.steps(PAGE))
+    task.run_until("release mmap_lock")
+    with pytest.raises(WouldBlock, match="waits to acquire mmap_lock for write"):
+        process.thp_disable = "completely"
+    assert process.thp_disable == "no"
+    task.finish()
+    process.thp_disable = "completely"
+    assert process.thp_disable == "completely"

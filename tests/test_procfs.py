@@ -396,6 +396,25 @@ def test_a_huge_page_on_swap_counts_whole_at_every_look(make_machine: MakeMachin
         assert entry(machine, process, at).fields["Swap"] == looks * 2048
 
 
+def test_holes_of_one_table_find_swap_on_both_sides_of_a_huge_page(
+    make_machine: MakeMachine,
+) -> None:
+    """A mapping out of step with the file: 256 looks at one swapped whole, 255 at small ones."""
+    machine = make_machine(kernel=KernelVersion.V6_18, swap="16M")
+    process = machine.process()
+    memfd = process.memfd_create("m")
+    process.ftruncate(memfd, 2 * HPAGE)
+    shared = process.mmap(2 * HPAGE, file=memfd, shared=True)
+    process.write(shared, b"x" * (2 * HPAGE))
+    process.madvise(shared, HPAGE, Advice.MADV_COLLAPSE)
+    private = process.mmap(HPAGE, addr=1 << 40, fixed=True, file=memfd, offset=HPAGE // 2)
+    process.write(private + HPAGE - PAGE, b"y")
+    machine.lru_add_drain_all()
+    process.madvise(shared, 2 * HPAGE, Advice.MADV_PAGEOUT)
+    assert memfd.inode.swapped == 1024
+    assert entry(machine, process, private).fields["Swap"] == 256 * 2048 + 255 * 4
+
+
 def test_referenced_is_what_the_entry_or_the_page_remembers(
     machine: Machine, process: Process
 ) -> None:

@@ -173,14 +173,16 @@ def test_what_the_daemon_has_done_is_shown(machine: Machine) -> None:
             setattr(settings, name, 3)
 
 
-def test_who_is_told_of_a_sleep_that_is_written_cannot_be_replaced(machine: Machine) -> None:
-    """Assigning is refused; the daemon goes on hearing of it."""
-    settings = machine.khugepaged_settings
-    for name in ("sleep_written", "_sleep_written"):
-        with pytest.raises(AttributeError, match="allowed defrag, max_ptes_none"):
-            setattr(settings, name, None)
+def test_who_is_told_of_a_sleep_that_is_written_is_a_function(machine: Machine) -> None:
+    """Once for each of the two; of no other knob."""
+    settings, told = machine.khugepaged_settings, []
+    with pytest.raises(TypeError, match="on_sleep_written=None: allowed a function"):
+        settings.on_sleep_written = None  # type: ignore[assignment]
+    settings.on_sleep_written = lambda: told.append(settings.scan_sleep_millisecs)
     settings.scan_sleep_millisecs = 5
-    assert settings.scan_sleep_millisecs == 5
+    settings.alloc_sleep_millisecs = 7
+    settings.pages_to_scan = 9
+    assert told == [5, 5]
 
 
 def test_the_size_of_a_huge_page_is_an_attribute_too(machine: Machine) -> None:

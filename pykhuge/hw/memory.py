@@ -17,6 +17,7 @@ __all__ = [
     "HPAGE_PMD_SIZE",
     "PAGE_SHIFT",
     "PAGE_SIZE",
+    "PLACES",
     "PhysicalMemory",
     "lazy_zeros",
 ]
@@ -26,6 +27,9 @@ PAGE_SIZE = 1 << PAGE_SHIFT
 HPAGE_PMD_ORDER = 9
 HPAGE_PMD_NR = 512
 HPAGE_PMD_SIZE = HPAGE_PMD_NR * PAGE_SIZE
+# Where each page of a block stands in it; int64[512], shared by all.
+PLACES = np.arange(HPAGE_PMD_NR)
+PLACES.flags.writeable = False
 
 MAP_NORESERVE = 0x4000  # the mmap module names it from Python 3.13 on
 

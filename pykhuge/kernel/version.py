@@ -73,21 +73,6 @@ class KernelVersion:
         "6.8",
         "hugepages-2048kB/enabled decides for anonymous memory; `inherit` there asks `enabled`",
     )
-    large_folios: bool = _since(
-        "by 6.13",
-        "a subpage counts as shared if any part of its compound page is mapped by another mm; the"
-        " trace names the head; MADV_PAGEOUT and MADV_FREE take compound pages mapped by PTEs",
-    )
-    disable_thp_is_exit: bool = _since(
-        "by 6.13",
-        "a process with MMF_DISABLE_THP is treated as one that exits: SCAN_ANY_PROCESS",
-        unseen="it must be set in the middle of a collapse",
-    )
-    copy_queues_memory_failure: bool = _since(
-        "6.11 (28bdacbcb36d)",
-        "a copy that meets poison has memory_failure() deal with the page",
-        unseen="it takes memory that is poisoned",
-    )
     populate_stops_at_gap: bool = _since(
         "6.9 (631426ba1d45)",
         "MADV_POPULATE_READ and _WRITE end at the first gap, not behind the last mapping",
@@ -97,6 +82,11 @@ class KernelVersion:
         "6.9",
         "a CPU collects 31 pages, not 15, before it puts them onto an LRU list",
         unseen="what else is in a CPU's batch hangs on what that CPU did before",
+    )
+    copy_queues_memory_failure: bool = _since(
+        "6.11 (28bdacbcb36d)",
+        "a copy that meets poison has memory_failure() deal with the page",
+        unseen="it takes memory that is poisoned",
     )
     shmem_heeds_past_advice: bool = _since(
         "6.11",
@@ -135,24 +125,34 @@ class KernelVersion:
         "a cached huge page is not mapped by a PMD where MADV_NOHUGEPAGE, or the process,"
         " wants none",
     )
+    large_folios: bool = _since(
+        "by 6.13",
+        "a subpage counts as shared if any part of its compound page is mapped by another mm; the"
+        " trace names the head; MADV_PAGEOUT and MADV_FREE take compound pages mapped by PTEs",
+    )
+    disable_thp_is_exit: bool = _since(
+        "by 6.13",
+        "a process with MMF_DISABLE_THP is treated as one that exits: SCAN_ANY_PROCESS",
+        unseen="it must be set in the middle of a collapse",
+    )
     huge_zero_page_gives_huge: bool = _since(
         "6.13", "a write to the huge zero page gets a huge page if there is one, not small ones"
-    )
-    shmem_swaps_huge: bool = _since(
-        "6.14",
-        "a huge page of shmem goes to swap as one, and comes back as one",
-    )
-    split_leaves_pieces: bool = _since(
-        "6.15",
-        "a huge page of shmem that is punched or truncated in part is halved again and again"
-        " around the cut: what is not near it stays in compound pages of smaller orders",
     )
     mremap_lifts_uffd_wp: bool = _since(
         "6.13 (0cef0bb836e3)",
         "mremap moves pages that userfaultfd watches without their write protection",
     )
+    shmem_swaps_huge: bool = _since(
+        "6.14",
+        "a huge page of shmem goes to swap as one, and comes back as one",
+    )
     dontneed_frees_page_table: bool = _since(
         "6.14", "MADV_DONTNEED of a whole block frees its page table (CONFIG_PT_RECLAIM)"
+    )
+    split_leaves_pieces: bool = _since(
+        "6.15",
+        "a huge page of shmem that is punched or truncated in part is halved again and again"
+        " around the cut: what is not near it stays in compound pages of smaller orders",
     )
     mremap_moves_many: bool = _since(
         "6.17", "mremap moves a range of several mappings, with the gaps between them"

@@ -39,6 +39,10 @@ class KhugepagedSettings:
     read only: the daemon counts.
     """
 
+    # Told when one of the two sleeps was written: the daemon ends its own.
+    on_sleep_written: Callable[[], None] = field(
+        default_factory=lambda: lambda: None, init=False, repr=False, compare=False
+    )
     defrag: int = 1
     max_ptes_none: int = HPAGE_PMD_NR - 1
     max_ptes_swap: int = HPAGE_PMD_NR // 8
@@ -53,18 +57,15 @@ class KhugepagedSettings:
         if name in KNOBS:
             object.__setattr__(self, name, _checked(name, value))
             if name.endswith("_sleep_millisecs"):
-                self._sleep_written()
+                self.on_sleep_written()
+        elif name == "on_sleep_written":
+            if not callable(value):
+                raise TypeError(f"{name}={value!r}: allowed a function without arguments")
+            object.__setattr__(self, name, value)
         elif name in COUNTERS:
             raise AttributeError(f"{name}={value!r}: read only, the daemon counts")
         else:
             raise AttributeError(f"{name}: allowed {', '.join(KNOBS)}")
-
-    def _sleep_written(self) -> None:
-        """Nobody is to be told yet."""
-
-    def when_sleep_written(self, told: Callable[[], None]) -> None:
-        """The daemon's: `told` is called when one of the two sleeps was written, to end its own."""
-        object.__setattr__(self, "_sleep_written", told)
 
     def count(self, name: str, times: int = 1) -> None:
         """`times` more in `pages_collapsed` or `full_scans`, an unsigned int of 32 bits."""

@@ -67,7 +67,7 @@ class Khugepaged:
         self._sleep_expire_ns: float = 0
         mem.thp.on_enabled = self._start_stop
         mem.khugepaged_scan.wakeup = self._wake_up
-        settings.when_sleep_written(self._sleep_written)
+        settings.on_sleep_written = self._sleep_written
 
     def check_alive(self) -> None:
         """Raises: KernelPanic if the host is dead."""
@@ -229,21 +229,21 @@ class Khugepaged:
             raise WouldBlock(f"khugepaged is in the middle of a turn, paused in {self._turn.comm}")
 
     def _start_stop(self, enabled: bool) -> None:
-        """start_stop_khugepaged(): `enabled` is being written."""
+        """start_stop_khugepaged(): a knob that decides whether it runs has been written."""
         mem, cursor = self.mem, self.mem.khugepaged_scan
         if enabled and not self._runs:
             self.task = Task(mem.sched, "khugepaged", mem.next_pid())
-            self._runs = True
+            self._runs = True  # before on_wakeup, which may take a turn at once
             self._wake()  # a new thread scans before it sleeps, whatever the old one slept for
         elif enabled and cursor.mm_head:
             self._wake_up()
         elif not enabled:
             self._check_between_turns()  # the writer waits until the thread has ended
+            self._runs = False
             self._scan, self._sleep_expire_ns = None, math.inf
             slot, cursor.mm_slot = cursor.mm_slot, None
             if slot is not None and slot.mm.mm_users == 0:
                 free_mm_slot(mem, slot)
-        self._runs = enabled
 
     def _sleep_written(self) -> None:
         """A sleep knob was written: whatever it sleeps for is over."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_ORDER
+from pykhuge.hw.memory import HPAGE_PMD_NR, HPAGE_PMD_ORDER, PLACES
 from pykhuge.kernel.locking import WRITE
 from pykhuge.kernel.panic import KernelPanic
 from pykhuge.kernel.sched import Foresee, Preempt, Steps
@@ -83,7 +83,6 @@ __all__ = [
     "trace_collapse_file",
 ]
 
-PLACES = np.arange(HPAGE_PMD_NR)
 Bools = npt.NDArray[np.bool_]
 
 

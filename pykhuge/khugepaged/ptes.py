@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pykhuge.hw.memory import HPAGE_PMD_NR
+from pykhuge.hw.memory import HPAGE_PMD_NR, PLACES
 from pykhuge.khugepaged.control import CollapseControl
 from pykhuge.khugepaged.scan_result import ScanResult
 from pykhuge.mm.mm_types import Mm
@@ -66,8 +66,7 @@ _LOOKED_AT = frozenset(
         ScanResult.SCAN_DEL_PAGE_LRU,
     }
 )
-ALL_PLACES = np.arange(HPAGE_PMD_NR)
-NO_PLACES = ALL_PLACES[:0]
+NO_PLACES = PLACES[:0]
 
 
 def _or(words: npt.NDArray[Any]) -> int:
@@ -139,7 +138,7 @@ class BlockOfPtes:
         self.any_pte, self.all_ptes = _or(table), _and(table)
         if self.all_ptes & PAGE_PRESENT and not self.any_pte & PAGE_SPECIAL:
             self.none_or_zero = self.non_present = NO_PLACES
-            self.mapped, self.ptes = ALL_PLACES, table.copy()
+            self.mapped, self.ptes = PLACES, table.copy()
         else:
             self._sort_kinds(mem, table)
         self.pfns = pte_pfns(self.ptes)

@@ -7,13 +7,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pykhuge.hw.memory import HPAGE_PMD_NR
+from pykhuge.hw.memory import HPAGE_PMD_NR, PLACES
 from pykhuge.kernel.locking import READ
 from pykhuge.kernel.sched import Acquire, Preempt, Release, Steps
 from pykhuge.khugepaged.anon import collapse_huge_page
 from pykhuge.khugepaged.control import CollapseControl
 from pykhuge.khugepaged.file import (
-    PLACES,
     collapse_file,
     expected_refs,
     is_huge_there,

@@ -302,6 +302,10 @@ def _make_pieces(mem: Memory, subpages: Pfns, orders: npt.NDArray[np.uint8]) -> 
     gone = PG_head | PG_tail | PG_mlocked | PG_unevictable | PG_has_hwpoisoned | PG_hwpoison
     kept = np.where(sizes > 1, PG_head, 0) | int(pages.flags[head]) & ~gone
     own = pages.flags[subpages] & np.uint32(PG_hwpoison)
+    if pages.flags[head] & PG_has_hwpoisoned:
+        starts = np.flatnonzero(first)
+        bad = np.logical_or.reduceat(own != 0, starts) & (sizes[starts] > 1)
+        kept[starts[bad]] |= PG_has_hwpoisoned
     pages.flags[subpages] = own | np.where(first, kept, PG_tail).astype(np.uint32)
     pages.refcount[subpages] = np.where(first, sizes, 0)
     pages.index[subpages] = index + subpages - head
@@ -359,12 +363,18 @@ def _remove_range(mem: Memory, mapping: AddressSpace, first: int, last: int) -> 
     """Remove what is not locked; returns a page that is."""
     busy: int | None = None
     for indexes, entries in mapping.i_pages.entries(first, last):
-        large = mapping.i_pages.node_orders(int(indexes[0]))[indexes % HPAGE_PMD_NR] > 0
-        large &= entries > 0
+        large = _compound_pages(mapping, indexes, entries)
         for head in np.unique(entries[large]).tolist():
             busy = _remove_compound(mem, mapping, first, last, head) or busy
         busy = _remove_small(mem, mapping, indexes[~large], entries[~large]) or busy
     return busy
+
+
+def _compound_pages(mapping: AddressSpace, indexes: Pfns, entries: Pfns) -> npt.NDArray[np.bool_]:
+    """Which entries of one node (int64[n], none of them a hole) are compound pages."""
+    orders = mapping.i_pages.node_orders(int(indexes[0]))[indexes % HPAGE_PMD_NR]
+    compound: npt.NDArray[np.bool_] = (orders > 0) & (entries > 0)
+    return compound
 
 
 def _remove_compound(
@@ -451,13 +461,12 @@ def zero_partial_page(mem: Memory, mapping: AddressSpace, start: int, end: int) 
 def drop_cache(mem: Memory, mapping: AddressSpace) -> None:
     """invalidate_mapping_pages(): clean pages that nobody uses leave a disk file's cache."""
     for indexes, entries in mapping.i_pages.entries(0, 1 << 52):
-        if not mapping.i_pages.order(int(indexes[0])):
-            _drop_small(mem, mapping, indexes, entries)
-            continue
-        head = int(entries[0])
-        idle = mem.pages.refcount[head] == HPAGE_PMD_NR
-        if idle and not mem.pages.flags[head] & PG_locked:
-            filemap_remove_compound(mem, mapping, head)
+        large = _compound_pages(mapping, indexes, entries)
+        for head in np.unique(entries[large]).tolist():
+            idle = mem.pages.refcount[head] == mem.pages.compound_nr(head)
+            if idle and not mem.pages.flags[head] & PG_locked:
+                filemap_remove_compound(mem, mapping, head)
+        _drop_small(mem, mapping, indexes[~large], entries[~large])
 
 
 def _drop_small(mem: Memory, mapping: AddressSpace, indexes: Pfns, entries: Pfns) -> None:

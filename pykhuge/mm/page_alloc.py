@@ -88,20 +88,13 @@ def alloc_compound_page(mem: Memory, order: int, nid: int = 0) -> int | None:
     """`alloc_huge_page` of any order from 1 on."""
     if order == HPAGE_PMD_ORDER:
         return alloc_huge_page(mem, nid)
-    nr = 1 << order
     for node in zonelist(mem, nid):
-        used = node.used[: node.high]
-        broken = np.flatnonzero((used > 0) & (used <= HPAGE_PMD_NR - nr)).tolist()
-        unbroken = _first_block(node, used == 0)
-        for block in [*broken, unbroken]:
-            if block is None:
-                continue
-            start = node.start_pfn + block * HPAGE_PMD_NR
-            free: Mask = np.logical_and.reduce(_free_in(mem, start).reshape(-1, nr), axis=1)
-            run = _first(free)
-            if run is not None:
-                _take_compound_page(mem, node, start + run * nr, order)
-                return int(start + run * nr)
+        head = _first_run(mem, node, 1 << order)
+        if head is None and (block := _first_block(node, node.used[: node.high] == 0)) is not None:
+            head = node.start_pfn + block * HPAGE_PMD_NR
+        if head is not None:
+            _take_compound_page(mem, node, head, order)
+            return head
     return None
 
 
@@ -237,6 +230,17 @@ def _first_block(node: Node, free: Mask) -> int | None:
         block = node.high
         node.high += 1
     return block
+
+
+def _first_run(mem: Memory, node: Node, nr: int) -> int | None:
+    """The first of `nr` free frames in line, in a block that has both used and free ones."""
+    used = node.used[: node.high]
+    for block in np.flatnonzero((used > 0) & (used <= HPAGE_PMD_NR - nr)).tolist():
+        start = node.start_pfn + block * HPAGE_PMD_NR
+        run = _first(np.logical_and.reduce(_free_in(mem, start).reshape(-1, nr), axis=1))
+        if run is not None:
+            return int(start + run * nr)
+    return None
 
 
 def _first(mask: Mask) -> int | None:

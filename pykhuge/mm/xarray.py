@@ -14,13 +14,14 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from pykhuge.hw.memory import HPAGE_PMD_NR
+from pykhuge.hw.memory import HPAGE_PMD_NR, PLACES
 
 __all__ = [
     "SHADOW",
     "SWAPIN_ERROR",
     "XArray",
     "is_swap_value",
+    "is_swap_values",
     "piece_orders",
     "swap_value",
     "value_slots",
@@ -32,7 +33,6 @@ Orders = npt.NDArray[np.uint8]
 
 SHADOW = -(1 << 62)
 SWAPIN_ERROR = -(1 << 61)
-PLACES = np.arange(HPAGE_PMD_NR)
 _EMPTY: Entries = np.zeros(HPAGE_PMD_NR, np.int64)
 _EMPTY.flags.writeable = False
 _ORDER_0: Orders = np.zeros(HPAGE_PMD_NR, np.uint8)
@@ -49,9 +49,14 @@ def is_swap_value(entry: int) -> bool:
     return SWAPIN_ERROR < entry < 0
 
 
+def is_swap_values(entries: Entries) -> npt.NDArray[np.bool_]:
+    """`is_swap_value` of many: int64[n] in, bool[n] out."""
+    return (entries < 0) & (entries > SWAPIN_ERROR)
+
+
 def value_slots(entries: Entries) -> Entries:
     """The swap slots among `entries` (int64[n]). Returns: int64[<= n]."""
-    return -entries[(entries < 0) & (entries > SWAPIN_ERROR)]
+    return -entries[is_swap_values(entries)]
 
 
 def piece_orders(order: int, place: int) -> Orders:

@@ -41,7 +41,7 @@ from pykhuge.mm.page_table import (
     pte_pfns,
     swp_offsets,
 )
-from pykhuge.mm.xarray import value_slots
+from pykhuge.mm.xarray import XArray, is_swap_values
 from pykhuge.procfs.kpage import page_mapcounts
 from pykhuge.procfs.maps import NAME_COLUMN, header, map_line
 from pykhuge.procfs.vm_flags import vm_flag_names
@@ -248,27 +248,38 @@ def _add_shmem_swap(stats: Stats, vma: Vma, blocks: list[tuple[int, Ptes]]) -> N
     elif vma.vm_pgoff == 0 and vma.vm_end - vma.vm_start >= inode.i_size:
         nr = inode.swapped
     else:
-        nr = _partial_swap_usage(inode, vma.vm_pgoff, vma.linear_page_index(vma.vm_end))
+        i_pages = inode.i_mapping.i_pages
+        nr = _partial_swap_usage(i_pages, vma.vm_pgoff, vma.linear_page_index(vma.vm_end))
     stats["Swap"] += nr << PAGE_SHIFT
 
 
 def _swapped_under_holes(vma: Vma, inode: ShmemInode, blocks: list[tuple[int, Ptes]]) -> int:
-    tables, nr = dict(blocks), 0
+    i_pages, tables, nr = inode.i_mapping.i_pages, dict(blocks), 0
     for low, high in each_block(vma.vm_start, vma.vm_end):
         first, last = vma.linear_page_index(low), vma.linear_page_index(high)
         if low in tables:
             holes = first + np.flatnonzero(tables[low] == 0)
-            nr += sum(_partial_swap_usage(inode, index, index + 1) for index in holes.tolist())
+            nr += _swapped_at_each(i_pages, holes)
         else:
-            nr += _partial_swap_usage(inode, first, last)
+            nr += _partial_swap_usage(i_pages, first, last)
     return nr
 
 
-def _partial_swap_usage(inode: ShmemInode, first: int, last: int) -> int:
+def _swapped_at_each(i_pages: XArray, indexes: Pfns) -> int:
+    """`_partial_swap_usage` of one page after the other (int64[n]), each by the whole entry."""
+    nr, bases = 0, indexes & -HPAGE_PMD_NR
+    for base in np.unique(bases).tolist():
+        places = indexes[bases == base] - base
+        swapped = places[is_swap_values(i_pages.node(base)[places])]
+        nr += int(order_sizes(i_pages.node_orders(base)[swapped]).sum())
+    return nr
+
+
+def _partial_swap_usage(i_pages: XArray, first: int, last: int) -> int:
     """shmem_partial_swap_usage(): pages on swap in [first, last), by whole entries."""
-    nr, i_pages = 0, inode.i_mapping.i_pages
+    nr = 0
     for indexes, entries in i_pages.entries(first, last):
-        swapped = indexes[np.isin(-entries, value_slots(entries))]
+        swapped = indexes[is_swap_values(entries)]
         sizes = order_sizes(i_pages.node_orders(int(indexes[0]))[swapped % HPAGE_PMD_NR])
         _, first_of_each = np.unique(swapped & -sizes, return_index=True)
         nr += int(sizes[first_of_each].sum())

@@ -46,8 +46,7 @@ WITNESSES = {
     "collapse_file_keeps_pages": "memfd via=khugepaged: write 0+512; pageout 15+1; "
     "hugepage 0+512; hugepage 0+512",
     "collapse_file_drains_shmem": "memfd: write 0+512; pageout 348+164",
-    "retract_without_mmap_lock": "memfd via=khugepaged: write 0+512; collapse 0+512; "
-    "dontneed 1+257; hugepage 0+512; hugepage 0+512",
+    "retract_without_mmap_lock": "memfd: write 0+512",
     "large_folios": "anon via=khugepaged: hugepage 0+512; write 0+512; fork; "
     "child.dontneed 0+256; dontneed 3+1; hugepage 0+512",
     "shmem_heeds_past_advice": "shm via=khugepaged: write 0+512; hugepage 0+512",

@@ -40,7 +40,7 @@ from pykhuge import (
     WouldBlock,
 )
 from pykhuge.mm.errors import BUS_MCEERR_AO, BUS_MCEERR_AR, EHWPOISON, Signal
-from pykhuge.mm.page import PG_hwpoison, PG_lru
+from pykhuge.mm.page import PG_has_hwpoisoned, PG_hwpoison, PG_lru
 from pykhuge.mm.page_table import SWP_HWPOISON, swp_offset, swp_type
 from pykhuge.mm.rmap import ptes_of
 from pykhuge.procfs import Kpf
@@ -469,6 +469,23 @@ def test_a_file_block_with_a_bad_page_is_not_mapped_by_a_pmd(
     assert other.read(theirs + PAGE, 1) == page_bytes(1)[:1]
     assert not other.is_huge(theirs)
     held.release()
+
+
+def test_a_piece_with_a_bad_page_still_says_so(make_machine: MakeMachine) -> None:
+    """PG_has_hwpoisoned stays with that one of the pieces, until the bad page is alone."""
+    machine = make_machine(kernel=KernelVersion.V6_18)
+    block = shmem_block(machine)
+    block.process.madvise(block.addr, HPAGE, Advice.MADV_COLLAPSE)
+    head, held = block.pfn(0), block.process.get(block.addr, 1)
+    bad = block.addr + 9 * PAGE
+    assert refused(lambda: block.process.madvise(bad, 1, HWPOISON)) == errno.EBUSY
+    held.release()
+    for cut, marked in ((256, [0]), (12, [8]), (8, [])):
+        block.process.fallocate(block.file, cut * PAGE, PAGE, punch_hole=True, keep_size=True)
+        flags = machine.mem.pages.flags[head : head + NR]
+        assert np.flatnonzero(flags & PG_has_hwpoisoned).tolist() == marked
+        assert flags[9] & PG_hwpoison
+    machine.audit()
 
 
 # Pages of other kinds.

@@ -318,7 +318,9 @@ def test_smaller_compound_pages_come_from_broken_blocks(machine: Machine) -> Non
     used = machine.process("a")
     used.write(used.mmap(3 * PAGE), bytes(3 * PAGE))
     blocks = mem.nodes[0].high
-    heads = [alloc_compound_page(mem, order) for order in (6, 1, 8, 8)]
+    heads = [alloc_compound_page(mem, order) for order in (6, 1, 8)]
+    assert mem.nodes[0].high == blocks
+    heads.append(alloc_compound_page(mem, 8))
     assert all(head % (1 << order) == 0 for head, order in zip(heads, (6, 1, 8, 8), strict=True))
     assert mem.nodes[0].high == blocks + 1
     assert mem.pages.order[heads].tolist() == [6, 1, 8, 8]

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ from collapse_kit import (
 from file_kit import memfd
 
 from pykhuge import Advice, KernelPanic, KernelVersion, Machine, Process
+from pykhuge.kernel.sched import BoundSteps, Task
+from pykhuge.mm.gup import LockedPage
 from pykhuge.mm.page import PG_hwpoison, PG_lru
 from pykhuge.mm.swap import isolate_lru_pages, putback_lru_pages
 
@@ -214,17 +217,28 @@ def test_what_was_mapped_is_on_its_list_at_once(
     assert any(new in batch for batch in machine.mem.lru_batches) is not on_list
 
 
-def test_a_page_that_leaves_its_list_meanwhile_stays(machine: Machine, process: Process) -> None:
-    """EBUSY; the references told of are those of others."""
+def locked_page(machine: Machine, process: Process) -> tuple[int, LockedPage]:
+    """The frame of a page on its LRU list, and the lock that somebody has of it."""
     addr = anonymous(process)
     machine.lru_add_drain_all()
     pfn = process.pfn(addr)
     assert pfn is not None
-    lock = process.lock_page(addr)
-    offline = machine.spawn(machine.soft_offline_page.steps(pfn))
-    while offline.step():
+    return pfn, process.lock_page(addr)
+
+
+def waiting(machine: Machine, call: BoundSteps[..., Any], pfn: int) -> Task[Any]:
+    """A task in the middle of `call`, where it waits for the page lock with a reference."""
+    task = machine.spawn(call.steps(pfn))
+    while task.step():
         pass
-    assert not offline.done  # it waits for the page lock, with a reference
+    assert not task.done
+    return task
+
+
+def test_a_page_that_leaves_its_list_meanwhile_stays(machine: Machine, process: Process) -> None:
+    """EBUSY; the references told of are those of others."""
+    pfn, lock = locked_page(machine, process)
+    offline = waiting(machine, machine.soft_offline_page, pfn)
     isolate_lru_pages(machine.mem, np.array([pfn]))
     lock.release()
     assert refused(offline.finish) == errno.EBUSY
@@ -234,18 +248,10 @@ def test_a_page_that_leaves_its_list_meanwhile_stays(machine: Machine, process: 
 
 def test_a_page_that_goes_bad_meanwhile_is_no_error(machine: Machine, process: Process) -> None:
     """Whoever holds the lock has it: nothing is left to be done, and the reference is dropped."""
-    addr = anonymous(process)
-    machine.lru_add_drain_all()
-    pfn = process.pfn(addr)
-    assert pfn is not None
-    lock = process.lock_page(addr)
+    pfn, lock = locked_page(machine, process)
     calls = [
-        machine.spawn(call.steps(pfn))
-        for call in (machine.soft_offline_page, machine.memory_failure)
+        waiting(machine, call, pfn) for call in (machine.soft_offline_page, machine.memory_failure)
     ]
-    for call in calls:
-        while call.step():
-            pass
     lock.release()
     for call in reversed(calls):
         call.finish()
