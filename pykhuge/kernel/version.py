@@ -76,7 +76,6 @@ class KernelVersion:
     populate_stops_at_gap: bool = _since(
         "6.9 (631426ba1d45)",
         "MADV_POPULATE_READ and _WRITE end at the first gap, not behind the last mapping",
-        unseen="layouts have whole mappings populated",
     )
     lru_batch_of_31: bool = _since(
         "6.9",

@@ -51,6 +51,7 @@ WITNESSES = {
     "child.dontneed 0+256; dontneed 3+1; hugepage 0+512",
     "shmem_heeds_past_advice": "shm via=khugepaged: write 0+512; hugepage 0+512",
     "collapse_file_addr_in_hex": "memfd: write 0+512",
+    "populate_stops_at_gap": "anon: munmap 5+1; populate 0+512",
     "per_size_enabled": "anon via=khugepaged size=never: write 0+512; hugepage 0+512",
     "per_size_shmem_enabled": "memfd size_shmem=never: write 0+512",
     "khugepaged_runs_for_shmem": "memfd via=khugepaged enabled=never: write 0+512; "
