@@ -478,7 +478,7 @@ class Operations(RuleBasedStateMachine):
 
     @rule(number=who, pages=page_ranges, modes=st.integers(1, 3))
     def uffd_register(self, number: int, pages: slice, modes: int) -> None:
-        """Watch what is mapped of a range."""
+        """Watch what is mapped of a range; what is watched for as much, or more, stays so."""
         actor = self.actor(number)
         mapped = actor.shadow.mapped[pages]
         try:
@@ -491,7 +491,8 @@ class Operations(RuleBasedStateMachine):
             assert error.errno == errno.EINVAL
             assert not mapped.any()
             return
-        actor.shadow.uffd[pages] = modes * mapped
+        watched = actor.shadow.uffd[pages]
+        actor.shadow.uffd[pages] = np.where(watched & modes == modes, watched, modes) * mapped
 
     @rule(number=who, pages=page_ranges)
     def uffd_unregister(self, number: int, pages: slice) -> None:
