@@ -88,8 +88,8 @@ def check_range(addr: int, length: int) -> int:
 
 
 def vmas_in(mm: Mm, start: int, end: int) -> list[Vma]:
-    """The VMAs that overlap [start, end), lowest first."""
-    return [vma for vma in mm.vmas if vma.vm_start < end and vma.vm_end > start]
+    """The VMAs that overlap [start, end), lowest first; none if that is empty."""
+    return [vma for vma in mm.vmas if max(start, vma.vm_start) < min(end, vma.vm_end)]
 
 
 def do_mmap(

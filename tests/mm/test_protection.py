@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 import pytest
 
 from pykhuge import (
@@ -133,4 +136,19 @@ def test_a_protected_private_copy_leaves_a_marker(
         process.write(addr + PAGE, b"watched")
     process.write(addr + 2 * PAGE, b"free")
     process.munmap(addr, HPAGE)
+    machine.audit()
+
+
+def test_what_may_not_be_written_to_is_refused_in_the_middle_too(
+    machine: Machine, process: Process, tmp_path: Path
+) -> None:
+    """EACCES before anything is cut, and mmap_lock is let go."""
+    (tmp_path / "data").write_bytes(bytes(4 * PAGE))
+    file = process.open(tmp_path / "data")
+    addr = process.mmap(4 * PAGE, file=file, shared=True, prot=PROT_READ)
+    with pytest.raises(OSError, match="not open for writing") as refused:
+        process.mprotect(addr + PAGE, PAGE, PROT_READ | PROT_WRITE)
+    assert refused.value.errno == errno.EACCES
+    assert [(vma.vm_start, vma.vm_end) for vma in process.mm.vmas] == [(addr, addr + 4 * PAGE)]
+    process.mprotect(addr + PAGE, PAGE, PROT_NONE)
     machine.audit()
