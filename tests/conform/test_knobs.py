@@ -19,7 +19,7 @@ HOLD = (
     "import signal\n"
     "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's & ignores it
     "from pykhuge.tools.conform.knobs import prepared\n"
-    "with prepared(allow_sysfs=True) as trace:\n"
+    "with prepared(allow_sysfs=True) as (trace, held):\n"
     "    print(trace, flush=True)\n"
     "    signal.pause()\n"
 )
@@ -117,4 +117,22 @@ def test_what_could_not_be_turned_is_said_and_the_rest_put_back(
         knobs.turn_all(back)
     assert state() != before
     back.go()
+    assert state() == before
+
+
+def test_nothing_is_put_back_before_the_last_layout_is_done(before: dict[str, str]) -> None:
+    """What a killed run leaves behind may turn knobs still; so it is waited for."""
+    layout = "from pykhuge.tools.conform import running_kernel, parse\n"
+    layout += "with running_kernel(allow_sysfs=True) as host:\n"
+    layout += "    print('up', flush=True)\n"
+    layout += "    while True:\n"
+    layout += "        host.run(parse('anon via=khugepaged none=9: write 0+512; hugepage 0+512'))\n"
+    process = subprocess.Popen([sys.executable, "-c", layout], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    time.sleep(0.5)
+    process.kill()
+    process.communicate()
+    assert eventually(lambda: state() == before)
+    time.sleep(1)
     assert state() == before

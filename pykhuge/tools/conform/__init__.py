@@ -145,8 +145,8 @@ def running_kernel(*, allow_sysfs: bool) -> Iterator[Host]:
     Raises: Lacking.
     """
     with (
-        prepared(allow_sysfs=allow_sysfs) as trace,
-        contextlib.closing(Host(trace)) as host,
+        prepared(allow_sysfs=allow_sysfs) as (trace, held),
+        contextlib.closing(Host(trace, held)) as host,
         _not_for_khugepaged(),
     ):
         yield host

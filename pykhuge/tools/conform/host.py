@@ -93,15 +93,21 @@ class Host:
     """Where layouts are realised: a process that forks.
 
     trace: the folder of a tracefs instance in which the huge_memory events are on.
+    held: what all its processes keep open, so that nothing is put back before they are gone.
     """
 
-    def __init__(self, trace: Path) -> None:
+    def __init__(self, trace: Path, held: int) -> None:
         serve = f"import sys; from {__name__} import serve; serve(sys.argv[1])"
         command = [sys.executable, "-P", "-c", serve, str(trace)]
         # Its own arrays are nothing for khugepaged.
         environment = os.environ | {"NUMPY_MADVISE_HUGEPAGE": "0"}
         self._server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            pass_fds=[held],
         )
 
     def run(self, layout: Layout) -> Outcome:

@@ -61,8 +61,10 @@ def check() -> None:
 
 
 @contextlib.contextmanager
-def prepared(*, allow_sysfs: bool) -> Iterator[Path]:
-    """The kernel as a run needs it; yields the folder of a trace instance.
+def prepared(*, allow_sysfs: bool) -> Iterator[tuple[Path, int]]:
+    """The kernel as a run needs it; yields the folder of a trace instance, and a file descriptor.
+
+    Nothing is put back while any process has that open: who turns knobs meanwhile inherits it.
 
     allow_sysfs: knobs of sysfs may be turned; without that nothing is done.
     Raises: Lacking.
@@ -78,12 +80,13 @@ def prepared(*, allow_sysfs: bool) -> Iterator[Path]:
     keeper = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
+    assert keeper.stdin is not None
     assert keeper.stdout is not None
     try:
         said = keeper.stdout.readline().strip()
         if not said.startswith("/"):
             raise Lacking(said or "the kernel could not be prepared")
-        yield Path(said)
+        yield Path(said), keeper.stdin.fileno()
     finally:
         keeper.communicate()
 
