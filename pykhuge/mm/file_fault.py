@@ -41,10 +41,8 @@ from pykhuge.mm.new_pages import (
 from pykhuge.mm.page import (
     Pfns,
     PG_has_hwpoisoned,
-    PG_head,
     PG_hwpoison,
     PG_locked,
-    PG_tail,
     PG_uptodate,
     compound_head,
 )
@@ -75,7 +73,6 @@ from pykhuge.mm.vmstat import PGFAULT, PGMAJFAULT, THP_FILE_MAPPED
 __all__ = ["do_fault", "do_set_pmd", "map_file_pages", "map_huge_file_page"]
 
 FAULT_AROUND_PAGES = 16
-U_COMPOUND = np.uint32(PG_head | PG_tail)
 
 
 def _vm_page_prot(vma: Vma) -> int:
