@@ -49,7 +49,7 @@ class Kind(Protocol):
 
 
 def run_machine(kind: Kind, model_steps: int) -> None:
-    """Run random steps, `model_steps` of them in all, always the same ones."""
+    """Run random steps, `model_steps` of them in all: the same ones each time in the same tree."""
     Steps.taken, Steps.met = 0, Counter()
     run_state_machine_as_test(
         kind,

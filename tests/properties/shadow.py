@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pykhuge.machine import Machine
+from pykhuge.mm.mm import vmas_in
 from pykhuge.mm.mm_types import Inode, ShmemSuperBlock
 from pykhuge.mm.page import PG_anon, PG_locked, PG_uptodate, compound_head
 from pykhuge.mm.page_table import (
@@ -248,6 +249,20 @@ class Look:
 
     def block(self, index: int) -> npt.NDArray[np.uint64]:
         return self.words[index * 512 : index * 512 + 512]
+
+
+def blocks_of_one_mapping(process: Process, pages: slice) -> list[int]:
+    """The blocks whole in `pages` and in one VMA each: MADV_COLLAPSE passes over all others."""
+    whole = range(-(-pages.start // 512), pages.stop // 512)
+    starts = [(block, BASE + block * BLOCK) for block in whole]
+    return [block for block, at in starts if len(vmas_in(process.mm, at, at + BLOCK)) == 1]
+
+
+def pins_poison(machine: Machine) -> bool:
+    """Whether fork() may have to copy poison: a huge page is pinned as a whole."""
+    pages = machine.mem.pages
+    bad = np.flatnonzero(machine.mem.poison.lines).tolist()
+    return any(pages.maybe_dma_pinned(pages.head_of(pfn)) for pfn in bad)
 
 
 def look(machine: Machine, process: Process, *, detached: bool = True) -> Look:

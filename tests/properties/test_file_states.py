@@ -42,10 +42,12 @@ from properties.shadow import (
     READ_WRITE,
     FileShadow,
     ShadowFile,
+    blocks_of_one_mapping,
     check_file,
     check_mappings,
     look,
     own_pages,
+    pins_poison,
     touched_poison,
 )
 
@@ -877,8 +879,7 @@ class FileOperations(RuleBasedStateMachine):
     def fork(self, number: int) -> None:
         """A child, unless a poisoned page is pinned: that copy has no recovery."""
         actor = self.actor(number)
-        poison = self.machine.mem.poison.lines
-        if len(self.actors) == MAX_PROCESSES or any(poison[held.pfns].any() for held in self.held):
+        if len(self.actors) == MAX_PROCESSES or pins_poison(self.machine):
             return
         try:
             child = actor.process.fork()
@@ -1042,7 +1043,7 @@ class FileOperations(RuleBasedStateMachine):
     def madvise_collapse(self, number: int, pages: slice) -> None:
         """MADV_COLLAPSE of any range."""
         actor = self.actor(number)
-        whole = range(-(-pages.start // 512), pages.stop // 512)
+        whole = blocks_of_one_mapping(actor.process, pages)
         try:
             actor.process.madvise(address(pages), size(pages), Advice.MADV_COLLAPSE)
         except WouldBlock:

@@ -32,8 +32,10 @@ from properties.shadow import (
     READ_WRITE,
     Look,
     Shadow,
+    blocks_of_one_mapping,
     check_contents,
     look,
+    pins_poison,
     touched_poison,
 )
 
@@ -368,8 +370,9 @@ class Operations(RuleBasedStateMachine):
             if error.errno == EHWPOISON and self.machine.mem.poison.lines.any():
                 return
             allowed = actor.shadow.writable() if write else actor.shadow.readable()
-            page = int(np.flatnonzero(~allowed[pages])[0]) + pages.start
-            assert error.errno == (errno.EINVAL if actor.shadow.mapped[page] else errno.ENOMEM)
+            # Mapping by mapping; a gap is told of behind the last.
+            refused = actor.shadow.mapped[pages] & ~allowed[pages]
+            assert error.errno == (errno.EINVAL if refused.any() else errno.ENOMEM)
             return
         allowed = actor.shadow.writable() if write else actor.shadow.readable()
         assert allowed[pages].all()
@@ -380,8 +383,7 @@ class Operations(RuleBasedStateMachine):
     def fork(self, number: int) -> None:
         """A child, unless a poisoned page is pinned: that copy has no recovery."""
         actor = self.actor(number)
-        poison = self.machine.mem.poison.lines
-        if len(self.actors) == MAX_PROCESSES or any(poison[held.pfns].any() for held in self.held):
+        if len(self.actors) == MAX_PROCESSES or pins_poison(self.machine):
             return
         try:
             child = actor.process.fork()
@@ -617,7 +619,7 @@ class Operations(RuleBasedStateMachine):
         """MADV_COLLAPSE of any range."""
         actor = self.actor(number)
         before = look(self.machine, actor.process)
-        whole = range(-(-pages.start // 512), pages.stop // 512)
+        whole = blocks_of_one_mapping(actor.process, pages)
         try:
             actor.process.madvise(address(pages), size(pages), Advice.MADV_COLLAPSE)
         except WouldBlock:
