@@ -8,6 +8,8 @@ anything: present pages from their frames, swapped ones from the device, none as
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -147,6 +149,14 @@ class ShadowFile:
     def nr_pages(self) -> int:
         """How many pages begin below its end."""
         return -(-self.size // PAGE)
+
+    def on_disk(self) -> npt.NDArray[np.uint8]:
+        """The pages of the file below the cache; zeros if it has none."""
+        below = np.zeros(NR_PAGES * PAGE, np.uint8)
+        if self.path is not None:
+            content = np.fromfile(self.path, np.uint8)
+            below[: len(content)] = content
+        return below.reshape(NR_PAGES, PAGE)
 
     def write(self, offset: int, data: bytes) -> None:
         """What pwrite should leave."""
@@ -365,13 +375,28 @@ def check_file(machine: Machine, file: ShadowFile) -> npt.NDArray[np.int64]:
         assert not differs.any(), f"{file.name}: cached page {indexes[ready][differs][0]} differs"
         fresh = indexes[flags & np.uint32(PG_locked | PG_uptodate) == 0]
         assert file.path or not file.data[fresh].any(), f"{file.name}: preallocated, not zero"
-    below = np.zeros(NR_PAGES * PAGE, np.uint8)
-    if file.path is not None:
-        content = np.fromfile(file.path, np.uint8)
-        below[: len(content)] = content
-    differs = (below.reshape(NR_PAGES, PAGE) != file.data).any(axis=1) & ~known
+    differs = (file.on_disk() != file.data).any(axis=1) & ~known
     assert not differs.any(), f"{file.name}: page {np.flatnonzero(differs)[0]} was lost"
     return frames
+
+
+@contextmanager
+def emptied_by_open(file: ShadowFile) -> Iterator[None]:
+    """An open for writing that meets huge pages: what it drops from the cache is as on the disk.
+
+    Linux empties the cache without writeback, the dirty pages of others with it.
+    """
+    before = _cached(file)
+    yield
+    gone = before & ~_cached(file)
+    file.data[gone] = file.on_disk()[gone]
+
+
+def _cached(file: ShadowFile) -> npt.NDArray[np.bool_]:
+    cached = np.zeros(NR_PAGES, np.bool_)
+    for places, entries in file.inode.i_mapping.i_pages.entries(0, NR_PAGES):
+        cached[places[entries > 0]] = True
+    return cached
 
 
 def check_mappings(

@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,6 +45,7 @@ from properties.shadow import (
     blocks_of_one_mapping,
     check_file,
     check_mappings,
+    emptied_by_open,
     look,
     own_pages,
     pins_poison,
@@ -183,7 +184,8 @@ class FileOperations(RuleBasedStateMachine):
     def open_again(self, actor: Actor, file: ShadowFile, flags: int) -> File:
         if file.tmpfs is not None:
             return actor.process.open(file.name, flags, tmpfs=file.tmpfs)
-        return actor.process.open(str(file.path), flags)
+        with emptied_by_open(file) if file.inode.i_mapping.nr_thps else nullcontext():
+            return actor.process.open(str(file.path), flags)
 
     def add(self, actor: Actor | None, opened: File, **rest: Any) -> ShadowFile:
         data = np.zeros((NR_PAGES, PAGE), np.uint8)
@@ -1206,6 +1208,7 @@ class PausedFileCollapses(FileOperations):
         self.tasks: list[Task[Any]] = []
         self.leaving: list[Task[Any]] = []
         self.openers: dict[Task[Any], tuple[Actor, ShadowFile]] = {}
+        self.emptying: set[Task[Any]] = set()
 
     def paused(self) -> bool:
         """Whether some task stands still."""
@@ -1305,10 +1308,20 @@ class PausedFileCollapses(FileOperations):
         if self.tasks:
             task = self.tasks[number % len(self.tasks)]
             for _ in range(steps):
-                if not task.step():
+                if not self.step(task):
                     break
                 self.check_end(task)
                 self.adds_up()
+
+    def step(self, task: Task[Any]) -> bool:
+        """One step; an open that has met huge pages empties the cache in as many as it needs."""
+        if task not in self.openers:
+            return task.step()
+        file = self.openers[task][1]
+        if file.inode.i_mapping.nr_thps:
+            self.emptying.add(task)
+        with emptied_by_open(file) if task in self.emptying else nullcontext():
+            return task.step()
 
     def check_end(self, task: Task[Any]) -> None:
         if not task.done:
@@ -1354,7 +1367,7 @@ class PausedFileCollapses(FileOperations):
         while self.tasks or self.leaving:
             moved = False
             for task in list(self.tasks):
-                moved |= task.step()
+                moved |= self.step(task)
                 self.check_end(task)
             self.adds_up()
             assert moved or not self.tasks, "deadlock"
