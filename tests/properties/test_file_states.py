@@ -57,7 +57,7 @@ from pykhuge.khugepaged.scan_result import CollapseError, ScanResult
 from pykhuge.mm.errors import BUS_ADRERR, BUS_MCEERR_AR, BusError, SegmentationFault
 from pykhuge.mm.gup import UserPages
 from pykhuge.mm.huge_memory import OutOfMemory
-from pykhuge.mm.mm_types import File, ShmemInode
+from pykhuge.mm.mm_types import VM_LOCKED, File, ShmemInode
 from pykhuge.mm.xarray import SWAPIN_ERROR
 from pykhuge.process import PROT_EXEC, PROT_NONE, PROT_READ, PROT_WRITE, Advice, Process
 
@@ -591,6 +591,8 @@ class FileOperations(RuleBasedStateMachine):
     def mprotect(self, number: int, pages: slice, prot: int) -> None:
         """Change protection, up to a gap or a file that is not open for that."""
         actor = self.actor(number)
+        if prot & PROT_WRITE and self.dangerous(actor, pages):
+            return
         shadow = actor.shadow
         gaps = np.flatnonzero(~shadow.mapped[pages])
         stop = pages.start + int(gaps[0]) if len(gaps) else pages.stop
@@ -599,12 +601,22 @@ class FileOperations(RuleBasedStateMachine):
         try:
             actor.process.mprotect(address(pages), size(pages), prot)
         except WouldBlock:
+            self.half_done(actor)
             return
         except OSError as error:
             assert error.errno == expected
         else:
             assert not expected
         shadow.prot[pages.start : pages.start + int(denied[0]) if len(denied) else stop] = prot
+        self.settle(actor)  # what is mlocked is copied now
+
+    def half_done(self, actor: Actor) -> None:
+        """Flags are set, or not; of the pages that a call was to fault in, not all are there."""
+        for vma in actor.process.mm.vmas:
+            pages = slice((vma.vm_start - BASE) // PAGE, (vma.vm_end - BASE) // PAGE)
+            actor.shadow.prot[pages] = vma.vm_flags & 7
+            actor.shadow.locked[pages] = bool(vma.vm_flags & VM_LOCKED)
+        self.settle(actor)
 
     @rule(number=who, pages=page_ranges, to=st.integers(0, NR_PAGES - 1), align=st.booleans())
     def mremap(self, number: int, pages: slice, to: int, align: bool) -> None:
@@ -741,12 +753,7 @@ class FileOperations(RuleBasedStateMachine):
         try:
             actor.process.mlock(address(pages), size(pages))
         except WouldBlock:
-            # The flags are set, or not; the pages are not all in.
-            flags = [vma for vma in actor.process.mm.vmas if vma.vm_flags & 0x2000]
-            shadow.locked[:] = False
-            for vma in flags:
-                shadow.locked[(vma.vm_start - BASE) // PAGE : (vma.vm_end - BASE) // PAGE] = True
-            self.settle(actor)
+            self.half_done(actor)
             return
         except OutOfMemory:
             pass  # the VMAs are locked, not all pages are in
