@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pykhuge.hw.memory import HPAGE_PMD_NR, PAGE_SHIFT
+from pykhuge.kernel.errseq import errseq_set
 from pykhuge.kernel.locking import READ, RwSem
 from pykhuge.kernel.sched import Acquire, Foresee, Release, Steps
 from pykhuge.mm.errors import BUS_MCEERR_AO, BUS_MCEERR_AR, EHWPOISON, Signal
@@ -425,7 +426,7 @@ def _me_pagecache_dirty(mem: Memory, pfn: int, kind: str) -> str:
         mem.pages.flags[pfn] |= np.uint32(PG_error)
     mapping = mem.mappings.get(int(mem.pages.mapping[pfn]))
     if isinstance(mapping, AddressSpace):
-        mapping.wb_err = errno.EIO
+        mapping.wb_err = errseq_set(mapping.wb_err, errno.EIO)
     return _me_pagecache_clean(mem, pfn, kind)
 
 

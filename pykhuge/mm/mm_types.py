@@ -120,7 +120,7 @@ class AddressSpace:
     i_pages: its entries. nrpages: pages and subpages among them, values not counted.
     nr_thps: huge pages of a file system that does not know about them (regular files alone).
     i_mmap: the VMAs that map the file. Lock: i_mmap_rwsem.
-    wb_err: errno that writeback has met and nobody has been told yet; 0 is none.
+    wb_err: the last error of writeback, an `errseq` value.
     fail_create_range, fail_stores: make xas_create_range, or the store of a new page at these
         indexes, fail for want of memory, as failslab does.
     """
@@ -207,7 +207,8 @@ class RegularInode(Inode):
 class File:
     """struct file: an open file. f_count: descriptors and VMAs that refer to it.
 
-    ra_pages: readahead window, in pages (struct file_ra_state).
+    ra_pages: readahead window, in pages (struct file_ra_state). f_wb_err: the `errseq` value of its
+    mapping that it was last told of.
     """
 
     inode: Inode
@@ -215,6 +216,7 @@ class File:
     writable: bool
     ra_pages: int
     f_count: int = 1
+    f_wb_err: int = 0
 
     def __repr__(self) -> str:
         modes = "read" * self.readable + " " * (self.readable and self.writable)

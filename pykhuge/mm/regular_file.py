@@ -16,6 +16,7 @@ import weakref
 import numpy as np
 
 from pykhuge.hw.memory import PAGE_SHIFT, PAGE_SIZE
+from pykhuge.kernel.errseq import errseq_check_and_advance, errseq_sample, errseq_set
 from pykhuge.kernel.sched import Foresee, Preempt, Steps
 from pykhuge.mm.errors import PageLocked, os_error
 from pykhuge.mm.filemap import (
@@ -59,6 +60,7 @@ def do_dentry_open(
     """
     inode = _inode_of(mem, path, writable, create)
     file = File(inode, readable, writable, mem.ra_pages)
+    file.f_wb_err = errseq_sample(inode.i_mapping.wb_err)
     inode.i_count += 1
     if not writable:
         return file
@@ -234,7 +236,7 @@ def filemap_flush(mem: Memory, mapping: AddressSpace) -> None:
         ready = (entries > 0) & (flags & np.uint32(PG_dirty | PG_writeback | PG_locked) == PG_dirty)
         poisoned = mem.poison.lines[entries * ready] != 0
         if (poisoned & ready).any():
-            mapping.wb_err = errno.EIO
+            mapping.wb_err = errseq_set(mapping.wb_err, errno.EIO)
         good = ready & ~poisoned
         for index, pfn in zip(indexes[good].tolist(), entries[good].tolist(), strict=True):
             length = min(PAGE_SIZE, inode.i_size - (index << PAGE_SHIFT))
@@ -246,7 +248,10 @@ def filemap_flush(mem: Memory, mapping: AddressSpace) -> None:
 
 
 def fsync(mem: Memory, file: File) -> Steps[None]:
-    """Write all dirty pages, and wait for the disk. Raises: OSError EIO if one could not be."""
+    """Write all dirty pages, and wait for the disk.
+
+    Raises: OSError EIO if one could not be written since this open file was last told.
+    """
     yield Preempt("fsync")
     mapping = file.f_mapping
     unlocked = f"dirty pages of {file.inode.name} are unlocked"
@@ -256,7 +261,7 @@ def fsync(mem: Memory, file: File) -> Steps[None]:
     finish_io(mem)
     filemap_flush(mem, mapping)
     finish_io(mem)
-    error, mapping.wb_err = mapping.wb_err, 0
+    error, mapping.wb_err, file.f_wb_err = errseq_check_and_advance(mapping.wb_err, file.f_wb_err)
     if error:
         raise os_error(error, f"{file.inode.name} could not be written")
 

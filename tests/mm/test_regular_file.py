@@ -18,6 +18,7 @@ from collapse_kit import (
     flags_of,
     page_bytes,
     ptes_of,
+    refused,
     rss,
     small_machine,
 )
@@ -292,6 +293,29 @@ def test_stores_behind_the_end_do_not_reach_the_disk(process: Process, path: Pat
     process.write(addr + 16 * PAGE + 95, b"0123456789")
     process.fsync(file)
     assert path.read_bytes() == block_bytes(0, 16) + b"z" * 95 + b"01234"
+
+
+def test_every_open_file_is_told_once_of_an_error_of_writeback(
+    machine: Machine, process: Process, path: Path
+) -> None:
+    """Who opens it later is not told any more, but of the next error."""
+    files = [process.open(str(path), os.O_RDWR) for _ in range(2)]
+    process.pwrite(files[0], 0, b"lost")
+    pfn = process.cached_pfn(files[0], 0)
+    assert pfn is not None
+    machine.mem.poison.poison(pfn, 0)
+    untold = process.open(str(path), os.O_RDWR)
+    assert refused(lambda: process.fsync(files[0])) == errno.EIO
+    late = process.open(str(path), os.O_RDWR)
+    machine.mem.poison.unpoison(pfn)
+    told = [refused(lambda each=each: process.fsync(each)) for each in (*files, untold, late)]
+    assert told == [None, errno.EIO, errno.EIO, None]
+    process.pwrite(late, 0, b"lost again")
+    machine.mem.poison.poison(pfn, 0)
+    assert refused(lambda: process.fsync(late)) == errno.EIO
+    machine.mem.poison.unpoison(pfn)
+    assert refused(lambda: process.fsync(files[1])) == errno.EIO
+    assert refused(lambda: process.fsync(files[1])) is None
 
 
 def test_dirty_pages_outlive_the_process(machine: Machine, process: Process, path: Path) -> None:
