@@ -257,12 +257,14 @@ class Machine:
         finish_io(self.mem)
 
     def drop_caches(self) -> None:
-        """/proc/sys/vm/drop_caches: clean pages that nobody uses leave the caches of disk files."""
+        """/proc/sys/vm/drop_caches: clean pages that nobody uses leave the page cache.
+
+        Of shmem that is what has only been read so far.
+        """
         self.check_alive()
         lru_add_drain_all(self.mem)
         for inode in self.mem.inodes:
-            if not isinstance(inode, ShmemInode):
-                drop_cache(self.mem, inode.i_mapping)
+            drop_cache(self.mem, inode.i_mapping)
 
     def _check_cpu(self, cpu: int) -> None:
         if not 0 <= cpu < len(self.mem.lru_batches):

@@ -85,6 +85,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 U_LOCKED = np.uint32(PG_locked)
+# What a page must not be to leave the cache without writeback.
+_BUSY = np.uint32(PG_locked | PG_writeback | PG_dirty)
 
 
 def file_page(mem: Memory, entry: int, index: int) -> int:
@@ -459,22 +461,20 @@ def zero_partial_page(mem: Memory, mapping: AddressSpace, start: int, end: int) 
 
 
 def drop_cache(mem: Memory, mapping: AddressSpace) -> None:
-    """invalidate_mapping_pages(): clean pages that nobody uses leave a disk file's cache."""
+    """invalidate_mapping_pages(): clean pages that nobody uses leave the cache."""
     for indexes, entries in mapping.i_pages.entries(0, 1 << 52):
         large = _compound_pages(mapping, indexes, entries)
         for head in np.unique(entries[large]).tolist():
             idle = mem.pages.refcount[head] == mem.pages.compound_nr(head)
-            if idle and not mem.pages.flags[head] & PG_locked:
+            if idle and not mem.pages.flags[head] & _BUSY:
                 filemap_remove_compound(mem, mapping, head)
         _drop_small(mem, mapping, indexes[~large], entries[~large])
 
 
 def _drop_small(mem: Memory, mapping: AddressSpace, indexes: Pfns, entries: Pfns) -> None:
-    shadows = entries == SHADOW
-    mapping.i_pages.store(indexes[shadows], 0)
-    indexes, pfns = indexes[~shadows], entries[~shadows]
-    busy = np.uint32(PG_locked | PG_writeback | PG_dirty)
-    idle = (mem.pages.flags[pfns] & busy == 0) & filemap_releasable(mem, pfns)
+    mapping.i_pages.store(indexes[entries == SHADOW], 0)
+    indexes, pfns = indexes[entries > 0], entries[entries > 0]  # what is on swap stays there
+    idle = (mem.pages.flags[pfns] & _BUSY == 0) & filemap_releasable(mem, pfns)
     filemap_release_pages(mem, pfns[idle])
     idle &= mem.pages.refcount[pfns] == 1
     filemap_remove_pages(mem, mapping, indexes[idle], pfns[idle])

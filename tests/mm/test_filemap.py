@@ -502,12 +502,39 @@ def test_drop_caches_takes_what_nobody_uses(
     assert process.pread(file, 7 * PAGE, PAGE) == page_bytes(7)
 
 
-def test_drop_caches_leaves_shmem_alone(machine: Machine, process: Process) -> None:
-    """It has nowhere to be read from."""
-    file, addr = memfd(machine, process)
+def test_drop_caches_takes_of_shmem_what_was_only_read(machine: Machine, process: Process) -> None:
+    """Written pages have nowhere to be read from, those on swap are not in the way."""
+    file = process.memfd_create("holes")
+    process.ftruncate(file, HPAGE)
+    addr = process.mmap(HPAGE, file=file, shared=True)
+    process.read(addr, HPAGE)
+    process.write(addr + 3 * PAGE, b"x")
+    process.write(addr + 5 * PAGE, b"y")
+    process.madvise(addr + 5 * PAGE, PAGE, Advice.MADV_PAGEOUT)
     process.munmap(addr, HPAGE)
     machine.drop_caches()
-    assert file.f_mapping.nrpages == NR
+    assert file.f_mapping.nrpages == 1
+    assert machine.vmstat()["nr_shmem"] == 1
+    expected = bytearray(HPAGE)
+    expected[3 * PAGE], expected[5 * PAGE] = b"xy"
+    assert process.pread(file, 0, HPAGE) == bytes(expected)
+
+
+def test_drop_caches_takes_a_huge_page_of_shmem_that_was_only_read(
+    machine: Machine, process: Process
+) -> None:
+    """A byte written to it keeps all of it."""
+    machine.thp.shmem_enabled = "force"
+    for nr, written in ((0, False), (1, True)):
+        file = process.memfd_create("huge")
+        process.ftruncate(file, HPAGE)
+        addr = process.mmap(2 * HPAGE, file=file, shared=True)
+        process.write(addr, b"x") if written else process.read(addr, 1)
+        assert machine.vmstat()["nr_shmem_hugepages"] == 1
+        process.munmap(addr, 2 * HPAGE)
+        machine.drop_caches()
+        assert machine.vmstat()["nr_shmem_hugepages"] == nr
+        assert machine.vmstat()["nr_shmem"] == file.f_mapping.nrpages == nr * NR
 
 
 def test_drop_caches_takes_idle_huge_pages_whole(
