@@ -77,6 +77,7 @@ class SwapDevice:
     cache: page frame of each slot that is in the swap cache.
     bad: slots whose reads fail.
     synchronous_io: SWP_SYNCHRONOUS_IO; it is memory itself, such as zram, and answers at once.
+    read_errors, write_errors: how often the log says that it could not.
     """
 
     nr_slots: int
@@ -88,6 +89,12 @@ class SwapDevice:
     shmem: set[int] = field(default_factory=set)
     free: list[int] = field(default_factory=list)
     next_slot: int = 1  # slot 0 holds the header
+    read_errors: RateLimit = field(
+        default_factory=lambda: RateLimit("end_swap_bio_read", 5 * NSEC_PER_SEC, 10)
+    )
+    write_errors: RateLimit = field(
+        default_factory=lambda: RateLimit("end_swap_bio_write", 5 * NSEC_PER_SEC, 10)
+    )
 
     def vm_swap_full(self) -> bool:
         """More than half of the slots are in use: cached copies are given up early."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from pykhuge.hw.memory import PAGE_SHIFT
 from pykhuge.kernel.panic import KernelBug
+from pykhuge.kernel.ratelimit import RateLimit
 from pykhuge.mm.mm_types import MemCgroup, Vma
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import (
@@ -45,6 +47,8 @@ __all__ = [
     "swap_writepage",
     "unmap_to_swap",
 ]
+
+SWAP_DEVICE = "253:0"  # of /dev/zram0, which /proc/swaps names
 
 
 def get_swap_pages(mem: Memory, nr: int) -> list[int]:
@@ -107,12 +111,18 @@ def swap_writepage(mem: Memory, pfn: int) -> bool:
     cache.
     """
     if mem.poison.lines[pfn]:
-        mem.printk(f"Write-error on swap-device (slot {int(mem.pages.private[pfn])})")
+        _log_error(mem, mem.swap.write_errors, "Write", int(mem.pages.private[pfn]))
         return False
     mem.swap.contents[int(mem.pages.private[pfn])] = mem.ram.pages[pfn].tobytes()
     mem.pages.flags[pfn] &= np.uint32(~PG_dirty & 0xFFFFFFFF)
     mem.vmstat.count(PSWPOUT)
     return True
+
+
+def _log_error(mem: Memory, limit: RateLimit, what: str, slot: int) -> None:
+    if limit.allows(mem.clock.now_ns, mem.printk):
+        sector = slot << PAGE_SHIFT - 9
+        mem.printk(f"{what}-error on swap-device ({SWAP_DEVICE}:{sector})")
 
 
 def swap_readpage(
@@ -151,6 +161,8 @@ def swap_readpage(
     if slot not in mem.swap.bad:
         mem.ram.pages[pfn] = np.frombuffer(mem.swap.contents[slot], np.uint8)
         mem.pages.flags[pfn] |= np.uint32(PG_uptodate)
+    else:
+        _log_error(mem, mem.swap.read_errors, "Read", slot)
     mem.pages.refcount[pfn] += 1
     lru_cache_add(mem, found)
     return pfn
