@@ -20,7 +20,7 @@ from pykhuge.khugepaged.scan_result import ScanResult
 from pykhuge.mm.errors import check_int, os_error
 from pykhuge.mm.filemap import drop_cache
 from pykhuge.mm.memory_failure import memory_failure, unpoison_memory
-from pykhuge.mm.mm_types import MemCgroup, ShmemInode, ShmemSuperBlock
+from pykhuge.mm.mm_types import MemCgroup, ShmemSuperBlock
 from pykhuge.mm.mmzone import LOCAL_DISTANCE, REMOTE_DISTANCE, Memory, ThpSettings
 from pykhuge.mm.page_writeback import finish_io
 from pykhuge.mm.soft_offline import soft_offline_page
@@ -62,8 +62,8 @@ class Machine:
         cpus: CPUs, each with its LRU batch.
         commit_limit: what shared memory may be promised in all (vm.overcommit_memory=2); no limit
             if not given.
-        recovery: False is the kernel before the series: a machine check in a copy is a panic.
-            There is no later kernel without it.
+        recovery: False is the kernel before the series: a machine check in a collapse's copy is a
+            panic. There is no later kernel without it. If not given, as `kernel` has it.
         kernel: what it does otherwise than the kernel of the series; see `KernelVersion`.
         seed: of all randomness; equal machines with equal calls give equal traces.
     Raises: ValueError or TypeError naming the argument.
@@ -80,7 +80,7 @@ class Machine:
         swap_synchronous_io: bool = False,
         cpus: int = 1,
         commit_limit: str | int | None = None,
-        recovery: bool = True,
+        recovery: bool | None = None,
         kernel: KernelVersion = KernelVersion.REF,
         seed: int = 0,
     ) -> None:
@@ -88,13 +88,13 @@ class Machine:
             raise ValueError(f"cpus={cpus!r}: allowed 1 and more")
         if not isinstance(swap_synchronous_io, bool):
             raise ValueError(f"swap_synchronous_io={swap_synchronous_io!r}: allowed False and True")
-        if not isinstance(recovery, bool):
-            raise ValueError(f"recovery={recovery!r}: allowed False and True")
+        if not isinstance(recovery, bool | None):
+            raise ValueError(f"recovery={recovery!r}: allowed False, True and None")
         if not isinstance(kernel, KernelVersion):
             raise TypeError(
                 f"kernel={kernel!r}: allowed a KernelVersion, such as KernelVersion.REF and V6_18"
             )
-        if not recovery and kernel.is_later():
+        if recovery is False and kernel.is_later():
             raise ValueError(f"recovery=False: allowed with KernelVersion.REF, not {kernel.name}")
         if not isinstance(seed, int) or seed < 0:
             raise ValueError(f"seed={seed!r}: allowed 0 and more")
@@ -106,7 +106,7 @@ class Machine:
             nr_swap_slots=parse_size("swap", swap) >> PAGE_SHIFT,
             swap_synchronous_io=swap_synchronous_io,
             nr_cpus=cpus,
-            recovery=recovery,
+            recovery=kernel.collapse_recovers if recovery is None else recovery,
             version=kernel,
             seed=seed,
         )

@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from collapse_kit import (
     MakeMachine,
     advised,
     block_bytes,
+    changes,
     compound_block,
     discard,
     events,
@@ -41,7 +43,18 @@ from file_kit import (
     shmem_block,
 )
 
-from pykhuge import PROT_READ, Advice, File, KernelVersion, Machine, Process, ScanResult
+from pykhuge import (
+    PROT_READ,
+    Advice,
+    BusError,
+    File,
+    KernelPanic,
+    KernelVersion,
+    Machine,
+    Process,
+    ScanResult,
+    UserFault,
+)
 from pykhuge.khugepaged.trace_events import mm_collapse_huge_page_swapin
 from pykhuge.mm.mm_types import MMF_DISABLE_THP
 from pykhuge.mm.new_pages import pte_table
@@ -124,16 +137,68 @@ def test_numbers_above_the_value_that_went_are_one_less() -> None:
 
 def test_a_kernel_by_number_has_the_switches_of_its_time() -> None:
     """What no one has looked at is as the newest before it."""
-    assert KernelVersion.at(6, 3) == replace(REF, name="6.3")
+    assert KernelVersion.at(6, 3) == replace(REF, name="6.3", collapse_recovers=False)
     assert KernelVersion.at(6, 18) == V6_18
     later = KernelVersion.at(6, 12)
     assert later.collapse_file_addr_in_hex
     assert not later.huge_zero_page_gives_huge
 
 
+@pytest.mark.parametrize(("minor", "panics"), [(1, True), (2, True), (3, True), (4, False)])
+def test_poison_in_a_collapse_is_a_panic_before_the_series(
+    make_machine: MakeMachine, minor: int, panics: bool
+) -> None:
+    """The series is in 6.4; who has it earlier says recovery=True."""
+    kernel = KernelVersion.at(6, minor)
+    for recovery in (None, True):
+        machine = make_machine(kernel=kernel, recovery=recovery)
+        process = machine.process()
+        addr = advised(process)
+        fill(process, addr)
+        process.poison(addr + 7 * PAGE, 3)
+        with pytest.raises(KernelPanic) if panics and recovery is None else nullcontext():
+            assert machine.collapse(process, addr) is S.SCAN_COPY_MC
+
+
+@pytest.mark.parametrize(("minor", "panics"), [(1, True), (2, False), (3, False), (4, False)])
+def test_poison_in_copy_on_write_is_a_panic_before_6_2(
+    make_machine: MakeMachine, minor: int, panics: bool
+) -> None:
+    """Later the task is killed."""
+    process = make_machine(kernel=KernelVersion.at(6, minor)).process()
+    addr = process.mmap(PAGE)
+    process.write(addr, b"x")
+    child = process.fork()
+    process.poison(addr, 40)
+    with pytest.raises(KernelPanic if panics else BusError):
+        child.write(addr, b"y")
+
+
+@pytest.mark.parametrize("kernel", [REF, only("pgfault_without_retries")], ids=["REF", "switch"])
+def test_a_fault_that_is_to_be_tried_again_counts_only_at_first(
+    make_machine: MakeMachine, kernel: KernelVersion
+) -> None:
+    """One that ends in a signal counts in every kernel."""
+    machine = make_machine(kernel=kernel)
+    process = machine.process()
+    addr = process.mmap(2 * PAGE)
+    process.userfaultfd().register(addr, PAGE)
+    before = machine.vmstat()
+    with pytest.raises(UserFault):
+        process.read(addr, 1)
+    assert changes(before, machine.vmstat()).get("pgfault", 0) == (kernel is REF)
+    process.write(addr + PAGE, b"x")
+    process.madvise(addr + PAGE, PAGE, Advice.MADV_HWPOISON)
+    before = machine.vmstat()
+    with pytest.raises(BusError):
+        process.read(addr + PAGE, 1)
+    assert changes(before, machine.vmstat()) == {"pgfault": 1}
+
+
 def test_a_kernel_before_madv_collapse_is_none() -> None:
     """The oldest is 6.1; what came behind the newest is not known, and is as that."""
-    assert KernelVersion.at(*KernelVersion.OLDEST) == replace(REF, name="6.1")
+    oldest = replace(REF, name="6.1", collapse_recovers=False, cow_recovers=False)
+    assert KernelVersion.at(*KernelVersion.OLDEST) == oldest
     with pytest.raises(ValueError, match=r"Linux 5.19: allowed 6.1 and later"):
         KernelVersion.at(5, 19)
     assert KernelVersion.at(7, 0) == replace(V6_18, name="7.0")

@@ -36,6 +36,9 @@ class KernelVersion:
     NEWEST: ClassVar[tuple[int, int]] = (6, 18)
 
     name: str
+    # What REF has of its own, and earlier kernels have not.
+    collapse_recovers: bool = True  # 6.4: poison met by khugepaged's copy is no panic
+    cow_recovers: bool = True  # 6.2: nor is poison met by copy-on-write
     exceed_none_is_ebusy: bool = _since(
         "6.4", "SCAN_EXCEED_NONE_PTE is EBUSY to MADV_COLLAPSE, not EINVAL"
     )
@@ -57,6 +60,11 @@ class KernelVersion:
         "6.6",
         "retract_page_tables needs no mmap_lock and notes nothing for later; what maps a cached"
         " huge page by a table is dealt with at once, under mmap_lock for read",
+    )
+    pgfault_without_retries: bool = _since(
+        "6.5",
+        "a fault that is to be tried again, for a lock or for userfaultfd, does not count as one",
+        unseen="pgfault moves by all that a process does",
     )
     migration_drains_mlocked: bool = _since(
         "6.7 (eebb3dabbb5c)",
@@ -173,7 +181,7 @@ class KernelVersion:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise TypeError(f"name={self.name!r}: allowed a string")
-        for switch in self.switches():
+        for switch in ("collapse_recovers", "cow_recovers", *self.switches()):
             value = getattr(self, switch)
             if not isinstance(value, bool):
                 raise TypeError(f"{switch}={value!r}: allowed False and True")
@@ -200,7 +208,11 @@ class KernelVersion:
         for name, switch in cls.switches().items():
             since = re.findall("[0-9]+", switch["since"])
             met[name] = (int(since[0]), int(since[1])) <= (major, minor)
-        return cls(f"{major}.{minor}", **met)
+        recovers = {
+            "collapse_recovers": (major, minor) >= (6, 4),
+            "cow_recovers": (major, minor) >= (6, 2),
+        }
+        return cls(f"{major}.{minor}", **recovers, **met)
 
     def flipped(self, switch: str) -> KernelVersion:
         """The same with one difference on the wrong side."""

@@ -202,6 +202,17 @@ def access_vma(mm: Mm, addr: int, *, write: bool) -> Vma:
 
 def _fault_block(mem: Memory, vma: Vma, start: int, end: int, write: bool) -> None:
     """Fault in [start, end), which lies in one block and one VMA. Locks: mmap_lock."""
+    try:
+        _answer_faults(mem, vma, start, end, write)
+    except (BusError, UserFault, OutOfMemory, PageLocked) as error:
+        # A fault counts whatever becomes of it; later kernels pass over what will be tried again.
+        again = isinstance(error, (UserFault, PageLocked))
+        if not (again and mem.version.pgfault_without_retries):
+            mem.vmstat.count(PGFAULT)
+        raise
+
+
+def _answer_faults(mem: Memory, vma: Vma, start: int, end: int, write: bool) -> None:
     if _pmd_fault(mem, vma, start, write):
         return
     table = pte_table(mem, vma.mm, start)
@@ -267,6 +278,7 @@ def _do_anonymous_pages(mem: Memory, vma: Vma, addr: int, ptes: Ptes, write: boo
     mem.ram.pages[pfns] = 0
     map_new_pages(mem, vma, addr, pfns, ptes)
     if len(pfns) < len(ptes):
+        mem.vmstat.count(PGFAULT, len(pfns))
         raise OutOfMemory(f"no page for {addr + (len(pfns) << PAGE_SHIFT):#x} of {vma.mm.name}")
 
 
@@ -277,8 +289,6 @@ def _do_huge_pmd_anonymous_page(mem: Memory, vma: Vma, addr: int, write: bool) -
         return False
     anon_vma_prepare(mem, vma)
     khugepaged_enter_vma(mem, vma)
-    if vma.vm_flags & VM_UFFD_MISSING:
-        raise UserFault(addr, "missing")
     head = (
         _huge_page_for_fault(mem, vma)
         if write or not mem.thp.use_zero_page
@@ -292,8 +302,10 @@ def _do_huge_pmd_anonymous_page(mem: Memory, vma: Vma, addr: int, write: bool) -
     try:
         if pmd_of(mem, mm, haddr) is None:
             mm.pmd_tables[haddr >> PUD_SHIFT] = alloc_page_table(mem, mm)
+        if vma.vm_flags & VM_UFFD_MISSING:
+            raise UserFault(addr, "missing")  # seen under the table's lock, with the page in hand
         pgtable_trans_huge_deposit(mm, haddr, alloc_page_table(mem, mm))
-    except OutOfMemory:
+    except (OutOfMemory, UserFault):
         if head != mem.huge_zero_pfn:
             put_pages(mem, np.array([head]))
         raise
@@ -513,13 +525,14 @@ def _wp_can_reuse(mem: Memory, vma: Vma, pfn: int) -> bool:
 
 
 def _copy_mc_user_page(mem: Memory, addr: int, pfn: int, new: int) -> None:
-    """Copy one page for copy-on-write; poison kills the task, not the host (since 6.2).
+    """Copy one page for copy-on-write; poison kills the task, since 6.2 not the host.
 
     The page is taken away from everybody soon after.
 
     Kernel: __wp_page_copy_user.
     """
-    if copy_mc_page(mem, new, pfn, consumer="__wp_page_copy_user") is None:
+    recovery = mem.version.cow_recovers
+    if copy_mc_page(mem, new, pfn, consumer="__wp_page_copy_user", recovery=recovery) is None:
         return
     memory_failure_queue(mem, pfn)
     put_pages(mem, np.array([new]))

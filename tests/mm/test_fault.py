@@ -331,6 +331,68 @@ def test_missing_page_waits_for_userfaultfd(process: Process) -> None:
     assert process.read(addr + 2 * PAGE, PAGE) == bytes(PAGE)
 
 
+def test_a_missing_block_waits_for_userfaultfd_with_the_huge_zero_page_in_hand(
+    machine: Machine,
+) -> None:
+    """It is asked for before anybody looks who watches; nothing is mapped."""
+    machine.thp.enabled = "always"
+    process = machine.process()
+    addr = process.mmap(2 * HPAGE)
+    addr += -addr % HPAGE
+    process.userfaultfd().register(addr, HPAGE)
+    free, before = machine.vmstat()["nr_free_pages"], machine.vmstat()["thp_zero_page_alloc"]
+    with pytest.raises(UserFault):
+        process.read(addr, 1)
+    assert machine.vmstat()["thp_zero_page_alloc"] == before + 1
+    pmd_table = 1
+    assert machine.vmstat()["nr_free_pages"] == free - NR - pmd_table
+    with pytest.raises(UserFault):
+        process.write(addr, b"x")
+    assert machine.vmstat()["nr_free_pages"] == free - NR - pmd_table
+    assert process.pfn(addr) is None
+
+
+def test_a_fault_counts_whatever_becomes_of_it(machine: Machine) -> None:
+    """Behind the end of a file, a slot that cannot be read, memory that has run out."""
+    process = machine.process(memcg=machine.memcg(8 * PAGE))
+    file = process.memfd_create("short")
+    behind = process.mmap(PAGE, file=file, shared=True)
+    addr = process.mmap(16 * PAGE)
+    process.write(addr, b"x")
+    process.madvise(addr, PAGE, Advice.MADV_PAGEOUT)
+    process.fail_swap_reads(addr)
+    for touched in (behind, addr):
+        before = machine.vmstat()["pgfault"]
+        with pytest.raises(BusError):
+            process.read(touched, 1)
+        assert machine.vmstat()["pgfault"] == before + 1
+    before, charged = machine.vmstat()["pgfault"], process.mm.memcg.usage
+    with pytest.raises(OutOfMemory):
+        process.write(addr + PAGE, bytes(9 * PAGE))
+    assert machine.vmstat()["pgfault"] == before + process.mm.memcg.usage - charged + 1
+
+
+def test_swap_slots_that_cannot_be_read_are_logged_ten_times_in_five_seconds(
+    machine: Machine, process: Process
+) -> None:
+    """The sector is the slot's; what was kept back is counted later."""
+    addr = process.mmap(16 * PAGE)
+    process.write(addr, bytes(range(1, 17)) * PAGE)
+    process.madvise(addr, 16 * PAGE, Advice.MADV_PAGEOUT)
+    for page in range(16):
+        process.fail_swap_reads(addr + page * PAGE)
+    for page in range(12):
+        with pytest.raises(BusError):
+            process.read(addr + page * PAGE, 1)
+    lines = [line.partition("] ")[2] for line in machine.log]
+    assert lines[0] == "Read-error on swap-device (253:0:8)"
+    assert len(lines) == 10
+    machine.clock.sleep(6 * 10**9)
+    with pytest.raises(BusError):
+        process.read(addr + 15 * PAGE, 1)
+    assert machine.log[-2].endswith("end_swap_bio_read: 2 callbacks suppressed")
+
+
 def test_write_protected_page_waits_for_userfaultfd(process: Process) -> None:
     """Reads pass, a write waits until the protection is lifted; others are not touched."""
     addr = process.mmap(4 * PAGE)
