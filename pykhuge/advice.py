@@ -139,13 +139,19 @@ class AdviceCalls:
         yield Release(self.mm.mmap_lock)
 
     def _remove(self, start: int, end: int) -> Steps[None]:
-        """Punch the range out of the shmem file that is mapped there (madvise_remove)."""
+        """Punch the range out of the file that is mapped there (madvise_remove).
+
+        Files of the host are as on a file system without fallocate.
+        """
         for vma, at, stop in self._walk_vmas(start, end):
-            wanted, inode = VM_SHARED | VM_WRITE, vma.vm_file and vma.vm_file.inode
-            if vma.vm_flags & VM_LOCKED or not isinstance(inode, ShmemInode):
-                raise os_error(errno.EINVAL, f"{vma}: allowed where shmem is mapped, not mlocked")
-            if vma.vm_flags & wanted != wanted:
+            if vma.vm_flags & VM_LOCKED or vma.vm_file is None:
+                raise os_error(errno.EINVAL, f"{vma}: allowed where a file is mapped, not mlocked")
+            writable = self.mem.version.remove_asks_may_write or vma.vm_flags & VM_WRITE
+            if not (vma.vm_flags & VM_SHARED and writable and vma.may_write()):
                 raise os_error(errno.EACCES, f"{vma}: allowed where a mapping is shared, writable")
+            inode = vma.vm_file.inode
+            if not isinstance(inode, ShmemInode):
+                raise os_error(errno.EOPNOTSUPP, f"{inode.name}: allowed for shmem files")
             low = vma.linear_page_index(at) << PAGE_SHIFT
             punch = shmem_undo_range(self.mem, inode, low, low + stop - at, even_cows=False)
             yield from inode_locked(self.mem, inode, punch)
@@ -224,14 +230,17 @@ class AdviceCalls:
 
     def _advise_flags(self, start: int, end: int, advice: Advice) -> None:
         bits, cleared = _FLAGS[advice]
-        files = [vma for vma in vmas_in(self.mm, start, end) if vma.vm_file is not None]
-        if advice is Advice.MADV_WIPEONFORK and files:
-            raise os_error(errno.EINVAL, f"MADV_WIPEONFORK of a file at {files[0]}")
+        wipe = advice is Advice.MADV_WIPEONFORK
+        refuse = next((vma for vma in vmas_in(self.mm, start, end) if wipe and vma.vm_file), None)
+        if refuse is not None:
+            end = max(start, refuse.vm_start)  # VMA by VMA: what lies below has the advice
         if advice is Advice.MADV_HUGEPAGE:
             for vma in vmas_in(self.mm, start, end):
                 # As a whole, before it is cut to the range.
                 khugepaged_enter_vma(self.mem, vma, vma.vm_flags & ~cleared | bits)
         change_flags(self.mem, self.mm, start, end, lambda vma: vma.vm_flags & ~cleared | bits)
+        if refuse is not None:
+            raise os_error(errno.EINVAL, f"MADV_WIPEONFORK of a file at {refuse}")
         check_mapped(self.mm, start, end)
 
     def _advise_pages(self, vma: Vma, low: int, high: int, advice: Advice) -> None:

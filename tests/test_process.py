@@ -20,7 +20,7 @@ from collapse_kit import (
 from file_kit import memfd
 
 from pykhuge import Advice, BusError, KernelVersion, Machine, Process, WouldBlock
-from pykhuge.mm.mm_types import VM_HUGEPAGE
+from pykhuge.mm.mm_types import VM_HUGEPAGE, VM_WIPEONFORK
 
 
 @pytest.mark.parametrize(
@@ -284,6 +284,32 @@ def test_remove_goes_on_behind_a_gap(process: Process) -> None:
     remove = Advice.MADV_REMOVE
     assert refused(lambda: process.madvise(addr, 4 * PAGE, remove)) == errno.ENOMEM
     assert file.f_mapping.nrpages == 1
+
+
+@pytest.mark.parametrize(
+    ("kinds", "number", "wiped"),
+    [
+        ("afa", errno.EINVAL, "a"),
+        ("a-a", errno.ENOMEM, "aa"),
+        ("-af", errno.EINVAL, "a"),
+        ("faa", errno.EINVAL, ""),
+        ("asa", errno.EINVAL, "a"),
+    ],
+)
+def test_wipe_on_fork_holds_up_to_a_file(
+    process: Process, kinds: str, number: int, wiped: str
+) -> None:
+    """Mapping by mapping: what lies below one that is refused has the advice; a gap has no say."""
+    base, file = 0x10_0000_0000, process.memfd_create("f")
+    for page, kind in enumerate(kinds):
+        addr = base + page * PAGE
+        if kind != "-":
+            mapped = file if kind == "f" else None
+            process.mmap(PAGE, addr=addr, fixed=True, file=mapped, shared=kind != "a")
+    call = lambda: process.madvise(base, 3 * PAGE, Advice.MADV_WIPEONFORK)  # noqa: E731
+    assert refused(call) == number
+    flags = [vma.vm_flags for vma in process.mm.vmas]
+    assert sum(bool(each & VM_WIPEONFORK) for each in flags) == len(wiped)
 
 
 CALLS: dict[str, Callable[[Process], object]] = {

@@ -72,6 +72,11 @@ class KernelVersion:
         " it is mapped",
         unseen="no layout has pages that are taken out of use",
     )
+    remove_asks_may_write: bool = _since(
+        "6.7 (e8e17ee90eaf)",
+        "MADV_REMOVE of a shared mapping that could be made writable need not find it so",
+        unseen="no layout protects what it punches",
+    )
     file_thp_without_exec: bool = _since(
         "6.8 (7fbb5e188248)",
         "files need not be mapped with VM_EXEC",

@@ -278,6 +278,10 @@ class Vma:
         """Where page `index` of the mapping lies here, if it does (vma_address)."""
         return self.vm_start + ((index - self.vm_pgoff) << PAGE_SHIFT)
 
+    def may_write(self) -> bool:
+        """VM_MAYWRITE: whether it is, or mprotect could make it, writable."""
+        return not self.vm_flags & VM_SHARED or self.vm_file is None or self.vm_file.writable
+
     def userfaultfd_armed(self) -> bool:
         """Whether a userfaultfd watches it for anything."""
         return bool(self.vm_flags & VM_UFFD_FLAGS)

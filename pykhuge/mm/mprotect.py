@@ -87,9 +87,9 @@ def do_mprotect(mem: Memory, mm: Mm, addr: int, length: int, prot: int) -> Steps
 
 
 def _first_denied(mm: Mm, start: int, end: int, prot: int) -> Vma | None:
-    """The first VMA whose file does not allow `prot` (VM_MAYWRITE is not set)."""
+    """The first VMA whose file does not allow `prot`."""
     for vma in vmas_in(mm, start, end) if prot & VM_WRITE else []:
-        if vma.vm_flags & VM_SHARED and vma.vm_file is not None and not vma.vm_file.writable:
+        if not vma.may_write():
             return vma
     return None
 

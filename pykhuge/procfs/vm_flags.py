@@ -47,7 +47,7 @@ def _all_flags(vma: Vma) -> int:
     if flags & VM_SHARED:
         flags |= VM_MAYSHARE
         # do_mmap(): a file that may not be written to is mapped as if it were private.
-        if vma.vm_file is not None and not vma.vm_file.writable:
+        if not vma.may_write():
             flags &= ~(VM_SHARED | VM_MAYWRITE)
         return flags | _noreserve(vma)
     # accountable_mapping(), when it was mapped or became writable; that it was shows by anon_vma.

@@ -1,5 +1,6 @@
 """Address spaces that map files: fork, mremap, mprotect, munmap, mlock, madvise, userfaultfd."""
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ from collapse_kit import (
     HPAGE,
     NR,
     PAGE,
+    MakeMachine,
     block_bytes,
     changes,
     counters,
@@ -28,6 +30,7 @@ from pykhuge import (
     Advice,
     BusError,
     File,
+    KernelVersion,
     Machine,
     Process,
     SegmentationFault,
@@ -581,6 +584,42 @@ def test_advice_for_anonymous_memory_is_refused_for_files(process: Process, advi
         addr = process.mmap(PAGE, file=file, shared=shared)
         with expect(errno.EINVAL):
             process.madvise(addr, PAGE, advice)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("mode", [os.O_RDONLY, os.O_RDWR])
+@pytest.mark.parametrize("locked", [False, True])
+def test_remove_of_a_disk_file_asks_what_the_mapping_is_first(
+    process: Process, tmp_path: Path, shared: bool, mode: int, locked: bool
+) -> None:
+    """EINVAL if mlocked, EACCES unless shared and writable, and only then EOPNOTSUPP."""
+    path = tmp_path / "disk"
+    path.write_bytes(page_bytes(0))
+    file, writable = process.open(str(path), mode), mode == os.O_RDWR and shared
+    addr = process.mmap(PAGE, file=file, shared=shared, prot=RW if writable else PROT_READ)
+    if locked:
+        process.mlock(addr, PAGE)
+    number = errno.EINVAL if locked else errno.EOPNOTSUPP if writable else errno.EACCES
+    with expect(number):
+        process.madvise(addr, PAGE, Advice.MADV_REMOVE)
+    assert process.read(addr, PAGE) == page_bytes(0)
+
+
+@pytest.mark.parametrize("version", [(6, 6), (6, 7)])
+def test_remove_asks_whether_the_mapping_may_be_written_since_6_7(
+    make_machine: MakeMachine, version: tuple[int, int]
+) -> None:
+    """Before, it had to be writable; a file that is not open for writing is EACCES anyway."""
+    machine = make_machine(kernel=KernelVersion.at(*version))
+    process = machine.process()
+    addr = process.mmap(PAGE, file=read_only(machine, process, 1), shared=True, prot=PROT_READ)
+    with expect(errno.EACCES):
+        process.madvise(addr, PAGE, Advice.MADV_REMOVE)
+    file = memfd(process, 1)
+    addr = process.mmap(PAGE, file=file, shared=True, prot=PROT_READ)
+    with expect(errno.EACCES) if version == (6, 6) else contextlib.nullcontext():
+        process.madvise(addr, PAGE, Advice.MADV_REMOVE)
+    assert file.f_mapping.nrpages == (1 if version == (6, 6) else 0)
 
 
 def test_remove_needs_a_shared_writable_shmem_mapping(process: Process) -> None:

@@ -382,11 +382,13 @@ class FileOperations(RuleBasedStateMachine):
         except WouldBlock:
             return
         except OSError as error:
-            if error.errno == errno.EACCES:
-                assert not (shadow.shared & shadow.writable())[pages.start]
-            else:
+            if shadow.locked[pages.start]:
                 assert error.errno == errno.EINVAL
-                assert shadow.locked[pages.start] or file.path is not None
+            elif not (shadow.shared & shadow.writable())[pages.start]:
+                assert error.errno == errno.EACCES
+            else:
+                assert error.errno == errno.EOPNOTSUPP
+                assert file.path is not None
             return
         assert file.path is None
         file.zero(first * PAGE, first * PAGE + size(pages))
