@@ -116,7 +116,8 @@ class UserFaultFd:
     @steps
     def unregister(self, addr: int, length: int) -> Steps[None]:
         """UFFDIO_UNREGISTER."""
-        return userfaultfd.uffd_unregister(self._process.mem, self._process.mm, addr, length)
+        mem, mm = self._process.mem, self._process.mm
+        return userfaultfd.uffd_unregister(mem, mm, self._ctx, addr, length)
 
     @steps
     def copy(self, addr: int, data: bytes) -> Steps[None]:

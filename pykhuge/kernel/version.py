@@ -169,6 +169,11 @@ class KernelVersion:
     mremap_moves_many: bool = _since(
         "6.17", "mremap moves a range of several mappings, with the gaps between them"
     )
+    uffd_unregisters_its_own: bool = _since(
+        "6.17 (23ec90eb122f)",
+        "UFFDIO_UNREGISTER of what another userfaultfd watches is EINVAL",
+        unseen="no layout has two userfaultfds in one process",
+    )
     fault_around_maps_folios: bool = _since(
         "6.18",
         "fault-around maps all of a cached compound page that its window has a part of, where that"

@@ -69,7 +69,28 @@ __all__ = [
     "vmas_in",
 ]
 
-TASK_SIZE = 1 << 47
+# With page tables of four levels; the last page below the hole is nobody's (arch/x86).
+TASK_SIZE = (1 << 47) - PAGE_SIZE
+
+
+def check_length(length: int, name: str = "length") -> None:
+    """Raises: OSError EINVAL if that is nothing."""
+    if length <= 0:
+        raise os_error(errno.EINVAL, f"{name}={length}: allowed 1 and more")
+
+
+def check_page_aligned(**values: int) -> None:
+    """Raises: OSError EINVAL naming the first of `values` that is no multiple of a page's size."""
+    for name, value in values.items():
+        if value % PAGE_SIZE:
+            raise os_error(errno.EINVAL, f"{name}={value:#x}: allowed multiples of {PAGE_SIZE}")
+
+
+def check_below_task_size(addr: int, end: int, error: int = errno.EINVAL) -> None:
+    """Raises: OSError `error` if [addr, end) is not all user space."""
+    if addr < 0 or end > TASK_SIZE:
+        length = end - addr
+        raise os_error(error, f"addr={addr:#x} length={length:#x}: allowed up to {TASK_SIZE:#x}")
 
 
 def check_range(addr: int, length: int) -> int:

@@ -10,13 +10,15 @@ import numpy as np
 from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.kernel.locking import READ, WRITE
 from pykhuge.kernel.sched import Acquire, Release, Steps
-from pykhuge.mm.errors import os_error
+from pykhuge.mm.errors import check_int, os_error
 from pykhuge.mm.fault import find_vma
 from pykhuge.mm.file_fault import map_file_pages
 from pykhuge.mm.huge_memory import OutOfMemory, split_huge_pmd
 from pykhuge.mm.mm import (
     change_vmas,
-    check_range,
+    check_below_task_size,
+    check_length,
+    check_page_aligned,
     vmas_in,
 )
 from pykhuge.mm.mm_types import (
@@ -71,16 +73,15 @@ def uffd_register(
     if not missing and not wp:
         raise os_error(errno.EINVAL, "missing=False wp=False: allowed one of them or both")
     flags = VM_UFFD_MISSING * missing | VM_UFFD_WP * wp
-    end = check_range(addr, length)
+    end = _check_range(addr, length)
     yield Acquire(mm.mmap_lock, WRITE)
     try:
-        if not vmas_in(mm, addr, end):
-            raise os_error(errno.EINVAL, f"nothing is mapped in [{addr:#x}, {end:#x})")
-        for vma in vmas_in(mm, addr, end):
-            if vma.vm_file is not None and not isinstance(vma.vm_file.inode, ShmemInode):
-                raise os_error(errno.EINVAL, f"{vma} maps a file on a disk: allowed memory, shmem")
-        if any(vma.userfaultfd_ctx not in (None, ctx) for vma in vmas_in(mm, addr, end)):
-            raise os_error(errno.EBUSY, f"[{addr:#x}, {end:#x}) belongs to another userfaultfd")
+        for vma in _check_mapped(mm, addr, end):
+            _check_can_userfault(vma)
+            if not vma.may_write():
+                raise os_error(errno.EPERM, f"the file mapped at {vma} is not open for writing")
+            if vma.userfaultfd_ctx not in (None, ctx):
+                raise os_error(errno.EBUSY, f"{vma} belongs to another userfaultfd")
     except OSError:
         yield Release(mm.mmap_lock)
         raise
@@ -94,10 +95,44 @@ def uffd_register(
     yield Release(mm.mmap_lock)
 
 
-def uffd_unregister(mem: Memory, mm: Mm, addr: int, length: int) -> Steps[None]:
-    """UFFDIO_UNREGISTER: watch no longer; write protection by userfaultfd is lifted."""
-    end = check_range(addr, length)
+def _check_range(addr: int, length: int) -> int:
+    """validate_range(): the end of at least one page, all in user space. Raises: OSError EINVAL."""
+    check_int(addr=addr, length=length)
+    check_page_aligned(addr=addr, length=length)
+    check_length(length)
+    check_below_task_size(addr, addr + length)
+    return addr + length
+
+
+def _check_mapped(mm: Mm, start: int, end: int) -> list[Vma]:
+    """The VMAs of a range. Raises: OSError EINVAL if there are none."""
+    vmas = vmas_in(mm, start, end)
+    if not vmas:
+        raise os_error(errno.EINVAL, f"nothing is mapped in [{start:#x}, {end:#x})")
+    return vmas
+
+
+def _check_can_userfault(vma: Vma) -> None:
+    """vma_can_userfault(). Raises: OSError EINVAL."""
+    if vma.vm_file is not None and not isinstance(vma.vm_file.inode, ShmemInode):
+        raise os_error(errno.EINVAL, f"{vma} maps a file on a disk: allowed memory, shmem")
+
+
+def uffd_unregister(mem: Memory, mm: Mm, ctx: Userfaultfd, addr: int, length: int) -> Steps[None]:
+    """UFFDIO_UNREGISTER: watch no longer; write protection by userfaultfd is lifted.
+
+    Until Linux 6.16 what another userfaultfd watches is let go too.
+    """
+    end = _check_range(addr, length)
     yield Acquire(mm.mmap_lock, WRITE)
+    try:
+        for vma in _check_mapped(mm, addr, end):
+            _check_can_userfault(vma)
+            if mem.version.uffd_unregisters_its_own and vma.userfaultfd_ctx not in (None, ctx):
+                raise os_error(errno.EINVAL, f"{vma} belongs to another userfaultfd")
+    except OSError:
+        yield Release(mm.mmap_lock)
+        raise
     for vma in vmas_in(mm, addr, end):
         if vma.vm_flags & VM_UFFD_WP:
             _unprotect(mem, mm, max(addr, vma.vm_start), min(end, vma.vm_end))
@@ -111,7 +146,7 @@ def uffd_copy(mem: Memory, mm: Mm, addr: int, data: bytes) -> Steps[None]:
         raise os_error(
             errno.EINVAL, f"data has {len(data)} bytes: allowed multiples of {PAGE_SIZE}"
         )
-    end = check_range(addr, len(data))
+    end = _check_range(addr, len(data))
     yield from _fill_pages(
         mem, mm, addr, end, lambda page: _fill(mem, mm, page, data[page - addr :][:PAGE_SIZE])
     )
@@ -142,7 +177,7 @@ def _fill_pages(
 
 def uffd_zeropage(mem: Memory, mm: Mm, addr: int, length: int) -> Steps[None]:
     """UFFDIO_ZEROPAGE: answer missing faults with the zero page."""
-    end = check_range(addr, length)
+    end = _check_range(addr, length)
     yield from _fill_pages(mem, mm, addr, end, lambda page: _map_zero(mem, mm, page))
 
 
@@ -164,7 +199,7 @@ def uffd_poison(mem: Memory, mm: Mm, addr: int, length: int) -> Steps[None]:
     Linux 6.6). Nothing is overwritten, no marker either; UFFDIO_COPY does overwrite this one.
     Kernel: mfill_atomic_pte_poison.
     """
-    end = check_range(addr, length)
+    end = _check_range(addr, length)
     yield from _fill_pages(mem, mm, addr, end, lambda page: _mark_poisoned(mem, mm, page))
 
 
@@ -231,7 +266,7 @@ def uffd_writeprotect(mem: Memory, mm: Mm, addr: int, length: int, *, protect: b
 
     VMA by VMA, up to one that is not registered for it: ENOENT.
     """
-    end = check_range(addr, length)
+    end = _check_range(addr, length)
     yield Acquire(mm.mmap_lock, READ)
     try:
         vmas = vmas_in(mm, addr, end)

@@ -504,6 +504,10 @@ class Operations(RuleBasedStateMachine):
             actor.uffd.unregister(address(pages), size(pages))
         except WouldBlock:
             return
+        except OSError as error:
+            assert error.errno == errno.EINVAL
+            assert not actor.shadow.mapped[pages].any()
+            return
         actor.shadow.uffd[pages] = 0
         actor.shadow.wp[pages] = False
 
