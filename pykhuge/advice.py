@@ -17,7 +17,6 @@ from pykhuge.mm.errors import (
     EHWPOISON,
     BusError,
     SegmentationFault,
-    check_int,
     os_error,
 )
 from pykhuge.mm.fault import find_vma
@@ -30,6 +29,7 @@ from pykhuge.mm.memory_failure import memory_failure
 from pykhuge.mm.mm import (
     change_flags,
     check_mapped,
+    check_span,
     vmas_in,
 )
 from pykhuge.mm.mm_slot import khugepaged_enter_vma
@@ -53,8 +53,6 @@ from pykhuge.mm.vmscan import mark_page_lazyfree_range, pageout_range
 from pykhuge.mm.zap import madvise_dontneed
 
 __all__ = ["Advice", "AdviceCalls"]
-
-ULONG_MAX = (1 << 64) - 1
 
 
 class Advice(enum.IntEnum):
@@ -117,7 +115,7 @@ class AdviceCalls:
         if advice not in tuple(Advice):
             allowed = ", ".join(f"{each.name} ({each.value})" for each in Advice)
             raise os_error(errno.EINVAL, f"advice={advice}: allowed {allowed}")
-        end, advice = _check_advised(addr, length), Advice(advice)
+        end, advice = check_span(addr, length), Advice(advice)
         if end == addr:
             return
         if advice in (Advice.MADV_POPULATE_READ, Advice.MADV_POPULATE_WRITE):
@@ -249,20 +247,3 @@ class AdviceCalls:
         if advice is Advice.MADV_FREE and vma.vm_file is not None:
             raise os_error(errno.EINVAL, f"MADV_FREE of a file at {low:#x}")
         _ON_PAGES[advice](self.mem, vma, low, high)
-
-
-def _check_advised(addr: int, length: int) -> int:
-    """The end of a range as do_madvise() checks it: it may lie beyond all that can be mapped.
-
-    Raises: OSError EINVAL, also if the range comes to 2^64, where addresses begin anew.
-    """
-    check_int(addr=addr, length=length)
-    if addr % PAGE_SIZE:
-        raise os_error(errno.EINVAL, f"addr={addr:#x}: allowed multiples of {PAGE_SIZE}")
-    end = addr + (length + PAGE_SIZE - 1 & -PAGE_SIZE)
-    if addr < 0 or length < 0 or end > ULONG_MAX:
-        raise os_error(
-            errno.EINVAL,
-            f"addr={addr:#x} length={length:#x}: allowed 0 and more, up to {ULONG_MAX:#x}",
-        )
-    return end

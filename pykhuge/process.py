@@ -37,7 +37,7 @@ from pykhuge.mm.gup import (
 from pykhuge.mm.migrate_device import migrate_to_device
 from pykhuge.mm.mm import (
     change_flags,
-    check_range,
+    check_span,
     check_whole,
     do_mmap,
     do_munmap,
@@ -60,7 +60,6 @@ from pykhuge.mm.mm_types import (
     Mm,
     MmuNotifier,
     Userfaultfd,
-    Vma,
 )
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.mprotect import do_mprotect
@@ -298,35 +297,22 @@ class Process(UserAccess, FileCalls, AdviceCalls):
     def mremap(self, old: int, length: int, new: int, new_length: int | None = None) -> Steps[int]:
         """Move a range to `new` (MREMAP_MAYMOVE | MREMAP_FIXED), cut or grown to `new_length`.
 
-        Raises: OSError EFAULT (not one mapping), EINVAL (the places overlap).
+        Raises: OSError EFAULT (not one mapping), EINVAL (the places overlap). Up to Linux 6.16 what
+        was at `new` is gone even if the range turns out to leave its mapping.
         """
         to_length = length if new_length is None else new_length
-        if self.mem.version.mremap_moves_many and to_length == length:
-            parts = vmas_in(self.mm, old, old + length)
-            if parts and parts[0].vm_start <= old and parts[0].vm_end < old + length:
-                return self._move_many(parts, old, old + length, new)
         return do_mremap(self.mem, self.mm, old, length, new, to_length)
-
-    def _move_many(self, parts: list[Vma], old: int, end: int, new: int) -> Steps[int]:
-        """Mapping by mapping, each over what is in its place; gaps stay gaps (remap_move)."""
-        for vma in parts:
-            if vma.userfaultfd_armed():
-                raise os_error(errno.EFAULT, f"{vma} has a userfaultfd: allowed by itself alone")
-            low, high = max(old, vma.vm_start), min(end, vma.vm_end)
-            to = new + low - old
-            yield from do_mremap(self.mem, self.mm, low, high - low, to, high - low)
-        return new
 
     @steps
     def mlock(self, addr: int, length: int) -> Steps[None]:
         """Fault the range in and keep it in: its pages become unevictable."""
-        if length == 0 and addr % PAGE_SIZE == 0:
+        start, end = _lock_range(addr, length)
+        if start == end:
             return
-        end = check_range(addr & -PAGE_SIZE, length + addr % PAGE_SIZE)
-        yield from self._set_locked(addr & -PAGE_SIZE, end, lock=True)
-        for vma in vmas_in(self.mm, addr, end):
+        yield from self._set_locked(start, end, lock=True)
+        for vma in vmas_in(self.mm, start, end):
             write = vma.vm_flags & (VM_WRITE | VM_SHARED) == VM_WRITE
-            low, high = max(addr & -PAGE_SIZE, vma.vm_start), min(end, vma.vm_end)
+            low, high = max(start, vma.vm_start), min(end, vma.vm_end)
             try:
                 yield from populate(self.mem, self.mm, low, high, write=write)
             except (SegmentationFault, BusError) as fault:
@@ -335,10 +321,9 @@ class Process(UserAccess, FileCalls, AdviceCalls):
     @steps
     def munlock(self, addr: int, length: int) -> Steps[None]:
         """Undo mlock."""
-        if length == 0 and addr % PAGE_SIZE == 0:
-            return
-        end = check_range(addr & -PAGE_SIZE, length + addr % PAGE_SIZE)
-        yield from self._set_locked(addr & -PAGE_SIZE, end, lock=False)
+        start, end = _lock_range(addr, length)
+        if start < end:
+            yield from self._set_locked(start, end, lock=False)
 
     def _set_locked(self, start: int, end: int, *, lock: bool) -> Steps[None]:
         mm = self.mm
@@ -462,6 +447,13 @@ class Process(UserAccess, FileCalls, AdviceCalls):
         """Whether a huge PMD maps `addr`."""
         pmd = pmd_of(self.mem, self.mm, addr)
         return bool(pmd and pmd_trans_huge(pmd))
+
+
+def _lock_range(addr: int, length: int) -> tuple[int, int]:
+    """The pages that mlock(2) means. Raises: OSError EINVAL."""
+    check_int(addr=addr, length=length)
+    start = addr & -PAGE_SIZE
+    return start, check_span(start, length + addr - start if length >= 0 else length)
 
 
 def _check_prot(prot: int) -> int:

@@ -28,9 +28,19 @@ from pykhuge.mm.mm_types import VM_HUGEPAGE, VM_WIPEONFORK
     [
         (lambda p, _: p.mmap(0), "EINVAL", r"length=0: allowed 1 and more"),
         (lambda p, _: p.mmap(-1), "EINVAL", r"length=-1: allowed 1 and more"),
-        (lambda p, _: p.mmap(PAGE, addr=5), "EINVAL", r"addr=0x5: allowed multiples of 4096"),
+        (
+            lambda p, _: p.mmap(PAGE, addr=5, fixed=True),
+            "EINVAL",
+            r"addr=0x5: allowed multiples",
+        ),
         (lambda p, _: p.mmap(1 << 60), "ENOMEM", r"length=0x1000000000000000: allowed up to"),
         (lambda p, _: p.mmap(PAGE, prot=8), "EINVAL", r"prot=0x8: allowed an OR of PROT_READ"),
+        (lambda p, _: p.mmap(PAGE, addr=-1), "EINVAL", r"addr=-0x1: allowed 0 and more"),
+        (lambda p, a: p.mlock(a, -1), "EINVAL", r"length=-0x1: allowed 0 and more"),
+        (lambda p, _: p.munmap(-PAGE, PAGE), "EINVAL", r"addr=-0x1000 .*: allowed up to"),
+        (lambda p, a: p.mremap(a, PAGE, a + PAGE, 0), "EINVAL", r"new_length=0: allowed 1"),
+        (lambda p, a: p.userfaultfd().register(a, -PAGE), "EINVAL", r"length=-4096: allowed 1"),
+        (lambda p, a: p.userfaultfd().zeropage(a, 100), "EINVAL", r"length=0x64: allowed mult"),
         (lambda p, a: p.munmap(a + 1, PAGE), "EINVAL", r"allowed multiples of 4096"),
         (lambda p, a: p.munmap(a, 0), "EINVAL", r"length=0"),
         (lambda p, a: p.mprotect(a, PAGE, 16), "EINVAL", r"prot=0x10"),
@@ -317,6 +327,8 @@ CALLS: dict[str, Callable[[Process], object]] = {
     "offset": lambda process: process.mmap(PAGE, offset=1.5),  # type: ignore[arg-type]
     "prot": lambda process: process.mmap(PAGE, prot="rw"),  # type: ignore[arg-type]
     "addr": lambda process: process.munmap("x", PAGE),  # type: ignore[arg-type]
+    "new": lambda process: process.mremap(0, PAGE, "x"),  # type: ignore[arg-type]
+    "old": lambda process: process.mremap(None, PAGE, 0),  # type: ignore[arg-type]
     "flags": lambda process: process.open("/dev/null", "r"),  # type: ignore[arg-type]
 }
 

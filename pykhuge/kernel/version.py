@@ -167,7 +167,9 @@ class KernelVersion:
         " around the cut: what is not near it stays in compound pages of smaller orders",
     )
     mremap_moves_many: bool = _since(
-        "6.17", "mremap moves a range of several mappings, with the gaps between them"
+        "6.17",
+        "mremap moves a range of several mappings, with the gaps between them, and refuses what it"
+        " refuses before it unmaps anything",
     )
     uffd_unregisters_its_own: bool = _since(
         "6.17 (23ec90eb122f)",

@@ -71,6 +71,7 @@ __all__ = [
 
 # With page tables of four levels; the last page below the hole is nobody's (arch/x86).
 TASK_SIZE = (1 << 47) - PAGE_SIZE
+ULONG_MAX = (1 << 64) - 1
 
 
 def check_length(length: int, name: str = "length") -> None:
@@ -93,19 +94,25 @@ def check_below_task_size(addr: int, end: int, error: int = errno.EINVAL) -> Non
         raise os_error(error, f"addr={addr:#x} length={length:#x}: allowed up to {TASK_SIZE:#x}")
 
 
-def check_range(addr: int, length: int) -> int:
-    """The end of an address range, checked as system calls do. Raises: OSError EINVAL, ENOMEM."""
+def check_span(addr: int, length: int, *, wraps: int = errno.EINVAL) -> int:
+    """The end of a range that may be empty, and may lie beyond all that can be mapped.
+
+    Raises: OSError EINVAL; `wraps` if the range comes to 2^64, where addresses begin anew.
+    """
     check_int(addr=addr, length=length)
-    if addr % PAGE_SIZE:
-        raise os_error(errno.EINVAL, f"addr={addr:#x}: allowed multiples of {PAGE_SIZE}")
-    if length <= 0:
-        raise os_error(errno.EINVAL, f"length={length}: allowed 1 and more")
-    end = addr + (length + PAGE_SIZE - 1 & -PAGE_SIZE)
-    if not 0 <= addr < end <= TASK_SIZE:
+    check_page_aligned(addr=addr)
+    end = page_align(addr + length)
+    if addr < 0 or length < 0 or end > ULONG_MAX:
         raise os_error(
-            errno.ENOMEM, f"addr={addr:#x} length={length:#x}: allowed up to {TASK_SIZE:#x}"
+            errno.EINVAL if addr < 0 or length < 0 else wraps,
+            f"addr={addr:#x} length={length:#x}: allowed 0 and more, up to {ULONG_MAX:#x}",
         )
     return end
+
+
+def page_align(size: int) -> int:
+    """PAGE_ALIGN(): `size` rounded up to whole pages."""
+    return size + PAGE_SIZE - 1 & -PAGE_SIZE
 
 
 def vmas_in(mm: Mm, start: int, end: int) -> list[Vma]:
@@ -128,19 +135,15 @@ def do_mmap(
 
     Without an address, the lowest gap above mmap_base is taken; if `length` is 2 MiB or more, in
     step with 2 MiB blocks, of the file if there is one (thp_get_unmapped_area). `fixed` replaces
-    what is there; otherwise an occupied `addr` is only a hint.
+    what is there; otherwise `addr` is only a hint: rounded to a page, passed over if it is 0,
+    occupied, or too high.
     Raises: OSError EINVAL, ENOMEM, EACCES (the file is not open for that).
     """
+    addr, length = _check_place(addr, length, fixed=fixed)
     if file is not None:
         _check_file_access(file, vm_flags)
-    check_int(length=length)
-    if length <= 0:
-        raise os_error(errno.EINVAL, f"length={length}: allowed 1 and more")
-    if addr is not None:
-        check_range(addr, length)
-    length = length + PAGE_SIZE - 1 & -PAGE_SIZE
     if fixed and addr is not None:
-        yield from foresee_unmap(mem, mm, addr, addr + length)
+        yield from foresee_unmap(mem, mm, (addr, addr + length))
     yield Acquire(mm.mmap_lock, WRITE)
     replaced: list[File] = []
     if fixed and addr is not None:
@@ -163,6 +166,25 @@ def do_mmap(
 def release_files(mem: Memory, files: list[File]) -> Steps[None]:
     for file in files:
         yield from release_file(mem, file)
+
+
+def _check_place(addr: int | None, length: int, *, fixed: bool) -> tuple[int | None, int]:
+    """Where do_mmap() looks first, if anywhere, and for how many bytes."""
+    check_int(length=length)
+    check_length(length)
+    length = page_align(length)
+    check_below_task_size(0, length, errno.ENOMEM)
+    if addr is None:
+        return None, length
+    check_int(addr=addr)
+    if addr < 0:
+        raise os_error(errno.EINVAL, f"addr={addr:#x}: allowed 0 and more")
+    if fixed:
+        check_below_task_size(addr, addr + length, errno.ENOMEM)
+        check_page_aligned(addr=addr)
+        return addr, length
+    hint = addr & -PAGE_SIZE
+    return hint if 0 < hint <= TASK_SIZE - length else None, length
 
 
 def _check_file_access(file: File, vm_flags: int) -> None:
@@ -260,19 +282,28 @@ def _forget(mem: Memory, mm: Mm, vma: Vma) -> None:
 
 
 def do_munmap(mem: Memory, mm: Mm, addr: int, length: int) -> Steps[None]:
-    """Unmap [addr, addr + length)."""
-    end = check_range(addr, length)
-    yield from foresee_unmap(mem, mm, addr, end)
+    """Unmap [addr, addr + length). Raises: OSError EINVAL."""
+    check_int(addr=addr, length=length)
+    check_page_aligned(addr=addr)
+    check_length(length)
+    end = page_align(addr + length)
+    check_below_task_size(addr, end)
+    yield from foresee_unmap(mem, mm, (addr, end))
     yield Acquire(mm.mmap_lock, WRITE)
     files = unmap_range(mem, mm, addr, end)
     yield Release(mm.mmap_lock)
     yield from release_files(mem, files)
 
 
-def foresee_unmap(mem: Memory, mm: Mm, start: int, end: int) -> Steps[None]:
-    """`foresee_evictions` of what unmapping a range gives up."""
-    inside = [vma for vma in vmas_in(mm, start, end) if start <= vma.vm_start and vma.vm_end <= end]
-    dropped = Counter(vma.vm_file for vma in inside if vma.vm_file is not None)
+def foresee_unmap(mem: Memory, mm: Mm, *ranges: tuple[int, int]) -> Steps[None]:
+    """`foresee_evictions` of what unmapping these ranges, which do not overlap, gives up."""
+    dropped = Counter(
+        vma.vm_file
+        for vma in mm.vmas
+        if vma.vm_file is not None
+        and vma.vm_end - vma.vm_start
+        == sum(max(0, min(end, vma.vm_end) - max(start, vma.vm_start)) for start, end in ranges)
+    )
     yield from foresee_evictions(mem, dropped)
 
 

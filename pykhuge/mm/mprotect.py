@@ -8,14 +8,14 @@ import errno
 import numpy as np
 import numpy.typing as npt
 
-from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SIZE
+from pykhuge.hw.memory import HPAGE_PMD_SIZE
 from pykhuge.kernel.locking import WRITE
 from pykhuge.kernel.sched import Acquire, Release, Steps
 from pykhuge.mm.errors import BusError, SegmentationFault, UserFault, os_error
 from pykhuge.mm.fault import find_vma
 from pykhuge.mm.gup import populate
 from pykhuge.mm.huge_memory import OutOfMemory, split_huge_pmd
-from pykhuge.mm.mm import change_flags, check_range, check_whole, mapped_up_to, vmas_in
+from pykhuge.mm.mm import change_flags, check_span, check_whole, mapped_up_to, vmas_in
 from pykhuge.mm.mm_types import (
     VM_LOCKED,
     VM_SHARED,
@@ -57,9 +57,9 @@ def do_mprotect(mem: Memory, mm: Mm, addr: int, length: int, prot: int) -> Steps
 
     Raises: OSError ENOMEM at the first gap; what lies below it is changed, as in the kernel.
     """
-    if length == 0 and addr % PAGE_SIZE == 0:
+    end = check_span(addr, length, wraps=errno.ENOMEM)
+    if end == addr:
         return
-    end = check_range(addr, length)
     yield Acquire(mm.mmap_lock, WRITE)
     stop = mapped_up_to(mm, addr, end)
     denied = _first_denied(mm, addr, stop, prot)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 
-from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT
+from pykhuge.hw.memory import HPAGE_PMD_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.kernel.locking import WRITE
 from pykhuge.kernel.sched import Acquire, Release, Steps
-from pykhuge.mm.errors import os_error
+from pykhuge.mm.errors import check_int, os_error
 from pykhuge.mm.fault import find_vma
 from pykhuge.mm.file_table import unlink_file_vma
 from pykhuge.mm.huge_memory import (
@@ -17,17 +17,22 @@ from pykhuge.mm.huge_memory import (
     split_huge_pmd,
 )
 from pykhuge.mm.mm import (
-    check_range,
+    check_below_task_size,
+    check_length,
+    check_page_aligned,
     foresee_unmap,
     free_pgtables,
     insert_vma,
     isolate_vmas,
+    page_align,
     release_files,
     unmap_range,
     vma_merge,
+    vmas_in,
 )
 from pykhuge.mm.mm_types import (
     VM_UFFD_FLAGS,
+    File,
     Mm,
     Vma,
 )
@@ -57,22 +62,79 @@ def do_mremap(mem: Memory, mm: Mm, old: int, length: int, new: int, new_length: 
     move where both ends are 2 MiB aligned; elsewhere huge PMDs are split first, and their subpages
     end up in foreign page tables.
     Raises: OSError EINVAL, EFAULT; OutOfMemory: the range is back where it was, `new` is unmapped.
+        So it is after some errors (see `_make_room`).
     """
-    old_end, new_end = check_range(old, length), check_range(new, new_length)
-    if old < new_end and new < old_end:
-        raise os_error(
-            errno.EINVAL, f"[{old:#x}, {old_end:#x}) and [{new:#x}, {new_end:#x}) overlap"
-        )
-    yield from foresee_unmap(mem, mm, new, new_end)
+    check_int(old=old, length=length, new=new, new_length=new_length)
+    check_page_aligned(old=old)
+    check_length(length)
+    check_length(new_length, "new_length")
+    end, new_end = old + page_align(length), new + page_align(new_length)
+    if mem.version.mremap_moves_many:
+        _check_places(old, end, new, new_end)
+        resized, first = end - old != new_end - new, find_vma(mm, old)
+        if not resized and first is not None and first.vm_start <= old and first.vm_end < end:
+            parts = vmas_in(mm, old, end)
+            yield from _move_many(mem, mm, parts, old, end, new)
+            return new
+    yield from _move(mem, mm, old, end, new, new_end)
+    return new
+
+
+def _check_places(old: int, end: int, new: int, new_end: int) -> None:
+    """Raises: OSError EINVAL if [old, end) cannot move to [new, new_end), whatever is mapped."""
+    check_page_aligned(new=new)
+    check_below_task_size(new, new_end)
+    if old < new_end and new < end:
+        raise os_error(errno.EINVAL, f"[{old:#x}, {end:#x}) and [{new:#x}, {new_end:#x}) overlap")
+
+
+def _move_many(mem: Memory, mm: Mm, parts: list[Vma], old: int, end: int, new: int) -> Steps[None]:
+    """Mapping by mapping, each over what is in its place; gaps stay gaps (remap_move)."""
+    for vma in parts:
+        if vma.userfaultfd_armed():
+            raise os_error(errno.EFAULT, f"{vma} has a userfaultfd: allowed by itself alone")
+        low, high = max(old, vma.vm_start), min(end, vma.vm_end)
+        yield from _move(mem, mm, low, high, new + low - old, new + high - old)
+
+
+def _make_room(
+    mem: Memory, mm: Mm, old: int, end: int, new: int, new_end: int, files: list[File]
+) -> None:
+    """Unmap what is at the new place, and what is cut off; `files` gets those to be put.
+
+    Until Linux 6.16 the source is looked at when that is done; since then before.
+    Raises: OSError EFAULT, EINVAL.
+    """
+    early, moved_end = mem.version.mremap_moves_many, min(end, old + new_end - new)
+    _check_one_mapping(mm, old, moved_end if early else old + PAGE_SIZE)
+    if not early:
+        _check_places(old, end, new, new_end)
+    files += unmap_range(mem, mm, new, new_end)
+    if moved_end < end:
+        check_below_task_size(moved_end, end)
+        files += unmap_range(mem, mm, moved_end, end)
+    _check_one_mapping(mm, old, moved_end)
+
+
+def _check_one_mapping(mm: Mm, start: int, end: int) -> None:
+    """Raises: OSError EFAULT if [start, end) is not inside one mapping."""
+    vma = find_vma(mm, start)
+    if vma is None or vma.vm_start > start or vma.vm_end < end:
+        raise os_error(errno.EFAULT, f"[{start:#x}, {end:#x}) is not inside one mapping")
+
+
+def _move(mem: Memory, mm: Mm, old: int, end: int, new: int, new_end: int) -> Steps[None]:
+    """mremap_to(): one mapping, or a part of one."""
+    moved_end = min(end, old + new_end - new)
+    yield from foresee_unmap(mem, mm, (new, new_end), (moved_end, end))
     yield Acquire(mm.mmap_lock, WRITE)
-    vma = find_vma(mm, old)
-    if vma is None or vma.vm_start > old or vma.vm_end < old_end:
+    files: list[File] = []
+    try:
+        _make_room(mem, mm, old, end, new, new_end, files)
+    except OSError:
         yield Release(mm.mmap_lock)
-        raise os_error(errno.EFAULT, f"[{old:#x}, {old_end:#x}) is not inside one mapping")
-    files = unmap_range(mem, mm, new, new_end)
-    moved_end = min(old_end, old + new_end - new)
-    if moved_end < old_end:
-        files += unmap_range(mem, mm, moved_end, old_end)
+        yield from release_files(mem, files)
+        raise
     (vma,) = isolate_vmas(mem, mm, old, moved_end)
     # Without pages of its own it takes the place's offset, so that it can merge there (copy_vma).
     untouched = vma.anon_vma is None and vma.vm_file is None
@@ -103,7 +165,6 @@ def do_mremap(mem: Memory, mm: Mm, old: int, length: int, new: int, new_length: 
     yield from release_files(mem, files)
     if error is not None:
         raise error
-    return new
 
 
 def _move_page_tables(mem: Memory, old: Vma, new: Vma) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 
 from pykhuge.hw.memory import HPAGE_PMD_NR, PAGE_SHIFT, PAGE_SIZE
 from pykhuge.mm.errors import check_int
+from pykhuge.mm.mm import TASK_SIZE
 from pykhuge.mm.mm_types import Mm
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import Pfns, PG_anon, compound_head
@@ -28,7 +29,6 @@ from pykhuge.procfs.walk import page_words
 
 __all__ = ["PM_FILE", "PM_MMAP_EXCLUSIVE", "PM_PRESENT", "PM_SWAP", "PM_UFFD_WP", "pagemap"]
 
-TASK_SIZE = (1 << 47) - PAGE_SIZE
 PM_MMAP_EXCLUSIVE = 1 << 56
 PM_UFFD_WP = 1 << 57
 PM_FILE = 1 << 61

@@ -19,6 +19,7 @@ from collapse_kit import (
     pageout,
     pfn_of,
     ptes_of,
+    refused,
     rss,
 )
 
@@ -27,11 +28,13 @@ from pykhuge import (
     PROT_WRITE,
     Advice,
     KernelPanic,
+    KernelVersion,
     Machine,
     Process,
     ScanResult,
     SegmentationFault,
 )
+from pykhuge.mm.mm_types import VM_LOCKED
 from pykhuge.mm.page import PG_anon_exclusive, PG_head, PG_mlocked
 from pykhuge.mm.rmap import pmd_of
 
@@ -347,6 +350,178 @@ def test_mremap_of_what_is_not_one_mapping(process: Process) -> None:
     with pytest.raises(OSError, match="overlap") as failed:
         process.mremap(addr, 2 * PAGE, addr + PAGE)
     assert failed.value.errno == errno.EINVAL
+
+
+EARLY, LATE = KernelVersion.at(6, 16), KernelVersion.at(6, 17)
+AT, TO = 0x10_0000_0000, 0x20_0000_0000
+END = (1 << 47) - PAGE
+
+
+def eight_pages(make_machine: MakeMachine, kernel: KernelVersion) -> Process:
+    """A process with eight pages at AT, and sixteen, which can be read only, at TO."""
+    process = make_machine(kernel=kernel).process()
+    process.mmap(8 * PAGE, addr=AT, fixed=True)
+    fill(process, AT, range(8))
+    process.mmap(16 * PAGE, addr=TO, fixed=True, prot=PROT_READ)
+    return process
+
+
+@pytest.mark.parametrize("kernel", [EARLY, LATE], ids=["6.16", "6.17"])
+@pytest.mark.parametrize(
+    ("length", "new_length"), [(9, 10), (16, 12), (9, 9)], ids=["grown", "cut", "moved"]
+)
+def test_mremap_of_what_leaves_its_mapping(
+    make_machine: MakeMachine, kernel: KernelVersion, length: int, new_length: int
+) -> None:
+    """EFAULT, before anything is unmapped since 6.17; what is only moved moves as far as it goes.
+
+    Before, the target and what is cut off are gone by then.
+    """
+    process = eight_pages(make_machine, kernel)
+    behind = process.mmap(4 * PAGE, addr=AT + 12 * PAGE, fixed=True)
+    moves = kernel is LATE and length == new_length
+    call = lambda: process.mremap(AT, length * PAGE, TO, new_length * PAGE)  # noqa: E731
+    assert refused(call) == (None if moves else errno.EFAULT)
+    assert process.read(TO if moves else AT, 8 * PAGE) == block_bytes(0, 8)
+    if moves:
+        return
+    tail, rest = (behind, behind + 4 * PAGE), (TO + new_length * PAGE, TO + 16 * PAGE)
+    kept = [tail] if kernel is LATE or length < 12 else []
+    there = (TO, TO + 16 * PAGE) if kernel is LATE else rest
+    assert ranges(process) == [(AT, AT + 8 * PAGE), *kept, there]
+
+
+@pytest.mark.parametrize("kernel", [EARLY, LATE], ids=["6.16", "6.17"])
+def test_mremap_may_cut_what_leaves_its_mapping(
+    make_machine: MakeMachine, kernel: KernelVersion
+) -> None:
+    """The cut comes first: over a gap, and over other mappings, which go with it."""
+    process = eight_pages(make_machine, kernel)
+    process.mmap(4 * PAGE, addr=AT + 12 * PAGE, fixed=True, shared=True)
+    process.mremap(AT, 16 * PAGE, TO, 4 * PAGE)
+    assert ranges(process) == [(TO, TO + 4 * PAGE), (TO + 4 * PAGE, TO + 16 * PAGE)]
+    assert process.read(TO, 4 * PAGE) == block_bytes(0, 4)
+    assert rss(process)["MM_ANONPAGES"] == 4
+
+
+@pytest.mark.parametrize("kernel", [EARLY, LATE], ids=["6.16", "6.17"])
+def test_mremap_cannot_cut_beyond_user_space(
+    make_machine: MakeMachine, kernel: KernelVersion
+) -> None:
+    """EINVAL, when the target is gone already."""
+    process = eight_pages(make_machine, kernel)
+    to = AT - 16 * PAGE
+    process.mmap(16 * PAGE, addr=to, fixed=True, prot=PROT_READ)
+    call = lambda: process.mremap(AT, END + PAGE - AT, to, PAGE)  # noqa: E731
+    assert refused(call) == errno.EINVAL
+    assert ranges(process)[0] == (to + PAGE, to + 16 * PAGE)
+    assert process.read(AT, 8 * PAGE) == block_bytes(0, 8)
+
+
+@pytest.mark.parametrize("kernel", [EARLY, LATE], ids=["6.16", "6.17"])
+@pytest.mark.parametrize(
+    ("old", "nr", "new", "number"),
+    [
+        (AT, 1, AT, errno.EINVAL),
+        (AT, 8, AT + 7 * PAGE, errno.EINVAL),
+        (AT, 1, TO + 1, errno.EINVAL),
+        (AT + 1, 1, TO, errno.EINVAL),
+        (AT, 0, TO, errno.EINVAL),
+        (AT, 1, END, errno.EINVAL),
+        (AT, 2, END - PAGE, errno.EINVAL),
+        (AT, 1, 1 << 47, errno.EINVAL),
+        (END, 1, TO, errno.EFAULT),
+        (1 << 47, 1, TO, errno.EFAULT),
+        ((1 << 64) - PAGE, 1, TO, errno.EFAULT),
+        (AT - PAGE, 2, TO, errno.EFAULT),
+    ],
+)
+def test_mremap_refuses_without_a_trace(
+    make_machine: MakeMachine, kernel: KernelVersion, old: int, nr: int, new: int, number: int
+) -> None:
+    """Places that cannot be are EINVAL, a source where nothing begins is EFAULT."""
+    process = eight_pages(make_machine, kernel)
+    before = ranges(process)
+    assert refused(lambda: process.mremap(old, nr * PAGE, new)) == number
+    assert ranges(process) == before
+
+
+@pytest.mark.parametrize("kernel", [EARLY, LATE], ids=["6.16", "6.17"])
+def test_mremap_looks_at_the_places_first_since_6_17(
+    make_machine: MakeMachine, kernel: KernelVersion
+) -> None:
+    """What overlaps and is not mapped is EINVAL, not EFAULT; many mappings are looked at whole."""
+    process = eight_pages(make_machine, kernel)
+    number = errno.EINVAL if kernel is LATE else errno.EFAULT
+    assert refused(lambda: process.mremap(AT - PAGE, PAGE, AT - PAGE)) == number
+    process.munmap(AT + 2 * PAGE, 4 * PAGE)
+    before = ranges(process)
+    assert refused(lambda: process.mremap(AT, 8 * PAGE, AT + 3 * PAGE)) == errno.EINVAL
+    assert ranges(process) == before
+
+
+# The end of user space.
+
+
+@pytest.mark.parametrize(
+    ("addr", "length"),
+    [
+        (END, PAGE),
+        (END, 1),
+        (END - PAGE, 2 * PAGE),
+        (1 << 47, PAGE),
+        ((1 << 64) - PAGE, 2 * PAGE),
+        (AT, 1 << 63),
+    ],
+)
+def test_what_ends_beyond_user_space(process: Process, addr: int, length: int) -> None:
+    """MAP_FIXED is ENOMEM, munmap EINVAL, both before anything is unmapped."""
+    process.mmap(PAGE, addr=AT, fixed=True)
+    process.mmap(PAGE, addr=END - PAGE, fixed=True)
+    assert refused(lambda: process.mmap(length, addr=addr, fixed=True)) == errno.ENOMEM
+    assert refused(lambda: process.munmap(addr, length)) == errno.EINVAL
+    assert ranges(process) == [(AT, AT + PAGE), (END - PAGE, END)]
+    for call in (process.mlock, process.munlock):
+        wraps = addr + length >= 1 << 64
+        assert refused(lambda call=call: call(addr, length)) == (
+            errno.EINVAL if wraps else errno.ENOMEM
+        )
+    assert refused(lambda: process.mprotect(addr, length, PROT_READ)) == errno.ENOMEM
+
+
+def test_the_last_page_of_user_space_is_as_any_other(process: Process) -> None:
+    """It can be mapped, written, moved away and back, and unmapped."""
+    last = process.mmap(PAGE, addr=END - PAGE)
+    assert last == END - PAGE
+    process.write(last, page_bytes(3))
+    process.mremap(last, PAGE, AT)
+    process.mremap(AT, PAGE, last)
+    assert process.read(last, PAGE) == page_bytes(3)
+    process.munmap(last, PAGE)
+
+
+def test_mprotect_and_mlock_hold_up_to_the_first_gap(process: Process) -> None:
+    """ENOMEM there, also if the range ends where nothing can be mapped."""
+    process.mmap(2 * PAGE, addr=AT, fixed=True)
+    assert refused(lambda: process.mprotect(AT, END + PAGE - AT, PROT_READ)) == errno.ENOMEM
+    assert refused(lambda: process.mlock(AT, (1 << 64) - PAGE - AT)) == errno.ENOMEM
+    (vma,) = process.mm.vmas
+    assert vma.vm_flags & (VM_LOCKED | RW) == VM_LOCKED | PROT_READ
+
+
+@pytest.mark.parametrize("addr", [0, 1, PAGE - 1, END, END + 1, 1 << 47, (1 << 64) - 1])
+def test_a_hint_that_cannot_be_is_passed_over(process: Process, addr: int) -> None:
+    """It is as if there were none."""
+    without = process.mmap(PAGE)
+    assert process.mmap(PAGE, addr=addr) == without + PAGE
+
+
+@pytest.mark.parametrize("addr", [AT, AT + 1, AT + PAGE - 1])
+def test_a_hint_is_rounded_down_to_a_page(process: Process, addr: int) -> None:
+    """Only MAP_FIXED must be aligned."""
+    assert process.mmap(PAGE, addr=addr) == AT
+    if addr > AT:
+        assert refused(lambda: process.mmap(PAGE, addr=addr, fixed=True)) == errno.EINVAL
 
 
 # mlock.

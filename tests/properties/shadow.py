@@ -8,6 +8,7 @@ anything: present pages from their frames, swapped ones from the device, none as
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,6 +96,16 @@ class Shadow:
         self.uffd[new] = 0
         self.wp[new] = False
         self.clear(old)
+
+    def refused_move(self, old: slice, new: slice, error: int) -> None:
+        """A move that failed; what ends behind its mapping failed when `new` was gone already."""
+        if not self.mapped[old.start]:
+            assert error == errno.EFAULT
+        elif old.start < new.stop and new.start < old.stop:
+            assert error == errno.EINVAL
+        else:
+            assert error == errno.EFAULT
+            self.clear(new)
 
     def fork(self: S) -> S:
         """What a child has after fork()."""

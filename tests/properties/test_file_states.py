@@ -636,8 +636,7 @@ class FileOperations(RuleBasedStateMachine):
         except WouldBlock:
             return
         except OSError as error:
-            overlap = pages.start < new.stop and new.start < pages.stop
-            assert error.errno == (errno.EINVAL if overlap else errno.EFAULT)
+            actor.shadow.refused_move(pages, new, error.errno)
             return
         actor.shadow.clear(new)
         actor.shadow.move(pages, new)
