@@ -17,7 +17,7 @@ from pykhuge.mm.file_table import (
     inode_locked,
     release_file,
 )
-from pykhuge.mm.filemap import file_page, foresee_page_locks
+from pykhuge.mm.filemap import file_page, foresee_truncation
 from pykhuge.mm.mm_types import File, Mm, RegularInode, ShmemInode, ShmemSuperBlock
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.page import PG_private
@@ -110,7 +110,7 @@ class FileCalls:
         if inode is None:
             raise os_error(errno.ENOENT, name)
         if not inode.i_count:
-            yield from foresee_page_locks(self.mem, inode.i_mapping, 0, 1 << 52)
+            yield from foresee_truncation(self.mem, inode.i_mapping, 0, 1 << 52)
         del tmpfs.names[name]
         inode.i_nlink = 0
         if not inode.i_count:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from pykhuge.kernel.locking import WRITE
 from pykhuge.kernel.sched import Acquire, Release, Steps
-from pykhuge.mm.filemap import foresee_page_locks
+from pykhuge.mm.filemap import foresee_truncation
 from pykhuge.mm.mm_types import File, Inode, RegularInode, ShmemInode, Vma
 from pykhuge.mm.mmzone import Memory
 from pykhuge.mm.shmem import shmem_evict_inode
@@ -65,7 +65,7 @@ def foresee_evictions(mem: Memory, dropped: Counter[File]) -> Steps[None]:
     gone = Counter(file.inode for file, nr in dropped.items() if file.f_count == nr)
     for inode, nr in gone.items():
         if not inode.i_nlink and inode.i_count == nr:
-            yield from foresee_page_locks(mem, inode.i_mapping, 0, 1 << 52)
+            yield from foresee_truncation(mem, inode.i_mapping, 0, 1 << 52)
 
 
 def inode_locked(mem: Memory, inode: Inode, call: Steps[T]) -> Steps[T]:

@@ -67,6 +67,7 @@ __all__ = [
     "filemap_remove_pages",
     "find_page",
     "foresee_page_locks",
+    "foresee_truncation",
     "mod_nr_thps",
     "mod_nrpages",
     "mod_swapped",
@@ -341,6 +342,13 @@ def foresee_page_locks(mem: Memory, mapping: AddressSpace, first: int, last: int
         )
 
     yield Foresee(f"pages of {mapping.host.name} are unlocked", unlocked)
+
+
+def foresee_truncation(mem: Memory, mapping: AddressSpace, first: int, last: int) -> Steps[None]:
+    """To be asked before a call changes anything: it will end in `truncate_pages`."""
+    i_mmap = mapping.i_mmap_rwsem
+    yield Foresee(f"{i_mmap} is free", lambda: i_mmap.available(READ))
+    yield from foresee_page_locks(mem, mapping, first, last)
 
 
 def truncate_pages(

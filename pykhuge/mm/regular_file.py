@@ -22,7 +22,7 @@ from pykhuge.mm.errors import PageLocked, os_error
 from pykhuge.mm.filemap import (
     add_to_page_cache,
     file_page,
-    foresee_page_locks,
+    foresee_truncation,
     truncate_pages,
     wait_on_page,
     when_unlocked,
@@ -72,7 +72,7 @@ def do_dentry_open(
     try:
         yield Preempt("i_writecount")
         if inode.i_mapping.nr_thps > 0:
-            yield from foresee_page_locks(mem, inode.i_mapping, 0, 1 << 52)
+            yield from foresee_truncation(mem, inode.i_mapping, 0, 1 << 52)
             # Private copies stay: executables and libraries are mapped that way.
             yield from truncate_pages(mem, inode.i_mapping, 0, 1 << 52, even_cows=False)
     except GeneratorExit:
@@ -279,7 +279,7 @@ def _locked_dirty_page(mem: Memory, mapping: AddressSpace) -> int | None:
 def regular_truncate(mem: Memory, inode: RegularInode, size: int) -> Steps[None]:
     """Give the file `size` bytes, on the host too; pages behind the new end leave the cache."""
     if size < inode.i_size:
-        yield from foresee_page_locks(mem, inode.i_mapping, size >> PAGE_SHIFT, 1 << 52)
+        yield from foresee_truncation(mem, inode.i_mapping, size >> PAGE_SHIFT, 1 << 52)
     if size < inode.i_size and size % PAGE_SIZE:
         stop = min(inode.i_size, (size & -PAGE_SIZE) + PAGE_SIZE)
         yield from when_unlocked(mem, zero_partial_page, mem, inode.i_mapping, size, stop)

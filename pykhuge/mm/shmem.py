@@ -22,7 +22,7 @@ from pykhuge.mm.filemap import (
     file_page,
     filemap_remove_compound,
     filemap_remove_pages,
-    foresee_page_locks,
+    foresee_truncation,
     mod_nrpages,
     mod_swapped,
     split_partial_page,
@@ -444,7 +444,7 @@ def shmem_truncate(mem: Memory, inode: ShmemInode, size: int) -> Steps[None]:
     """
     old = inode.i_size
     if size <= old:
-        yield from foresee_page_locks(mem, inode.i_mapping, size >> PAGE_SHIFT, 1 << 52)
+        yield from foresee_truncation(mem, inode.i_mapping, size >> PAGE_SHIFT, 1 << 52)
     nr = _pages_in(size) - _pages_in(old)
     if not inode.flags & VM_NORESERVE:
         if nr > 0 and not shmem_acct(mem, nr):
@@ -465,7 +465,7 @@ def shmem_undo_range(
     """
     first = _pages_in(start)
     last = 1 << 52 if end is None else end >> PAGE_SHIFT
-    yield from foresee_page_locks(mem, inode.i_mapping, start >> PAGE_SHIFT, last + 1)
+    yield from foresee_truncation(mem, inode.i_mapping, start >> PAGE_SHIFT, last + 1)
     if start % PAGE_SIZE:
         stop = (start & -PAGE_SIZE) + PAGE_SIZE
         yield from _zero(mem, inode, start, stop if end is None else min(stop, end))

@@ -126,6 +126,33 @@ def test_giving_up_the_last_reference_while_a_page_is_locked_changes_nothing(
     machine.audit()
 
 
+CUT: dict[str, Callable[[Process, File], object]] = {
+    "truncate": lambda process, file: process.ftruncate(file, HPAGE + 7),
+    "punch a hole": lambda process, file: process.fallocate(file, 7, HPAGE, punch_hole=True),
+}
+
+
+@pytest.mark.parametrize("how", CUT)
+def test_a_cut_that_would_wait_for_i_mmap_changes_nothing(
+    machine: Machine, process: Process, how: str
+) -> None:
+    """Neither the size nor a byte of the page it ends in."""
+    file = process.memfd_create("two blocks")
+    process.pwrite(file, 0, block_bytes() + block_bytes())
+    addr = process.mmap(2 * HPAGE, file=file, shared=True)
+    process.read(addr, 2 * HPAGE)
+    collapse = machine.spawn(machine.collapse.steps(process, addr, is_khugepaged=False), "agent")
+    collapse.run_until("release i_mmap_rwsem")
+    before = file.inode.i_size
+    with pytest.raises(WouldBlock, match="i_mmap_rwsem"):
+        CUT[how](process, file)
+    assert file.inode.i_size == before
+    collapse.finish()
+    assert process.pread(file, 0, 2 * HPAGE) == block_bytes() + block_bytes()
+    CUT[how](process, file)
+    machine.audit()
+
+
 def test_a_collapse_that_would_wait_for_i_mmap_changes_nothing(
     machine: Machine, process: Process
 ) -> None:
