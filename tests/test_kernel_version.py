@@ -1141,6 +1141,31 @@ def test_files_of_a_mounted_tmpfs_go_by_their_mount(
     assert huge == [mounted == "always", size == "always"]
 
 
+def test_what_was_mapped_by_its_name_is_not_anonymous_once_the_name_is_gone(
+    make_machine: MakeMachine,
+) -> None:
+    """It keeps to its mount, in all its parts; a mapping made later goes by the knob."""
+    machine = make_machine(kernel=V6_18)
+    machine.thp.size_shmem_enabled = "never"
+    process, tmpfs = machine.process(), machine.tmpfs(huge="always")
+    file = process.open("f", os.O_RDWR | os.O_CREAT, tmpfs=tmpfs)
+    process.ftruncate(file, 3 * HPAGE)
+    named = process.mmap(3 * HPAGE, file=file, shared=True)
+    process.unlink("f", tmpfs=tmpfs)
+    process.mprotect(named + HPAGE, HPAGE, PROT_READ)
+    moved = named + 16 * HPAGE
+    process.mremap(named + 2 * HPAGE, HPAGE, moved)
+    for addr in (named, moved):
+        process.write(addr, b"x")
+        assert process.is_huge(addr)
+    process.fork().read(named + HPAGE, 1)
+    late = process.mmap(HPAGE, file=file, offset=HPAGE, shared=True)
+    assert file.f_mapping.i_pages.order(NR) == 9
+    process.fallocate(file, HPAGE, HPAGE, keep_size=True, punch_hole=True)
+    process.write(late, b"x")
+    assert file.f_mapping.i_pages.order(NR) == 0
+
+
 def test_force_wants_the_size_to_inherit(make_machine: MakeMachine) -> None:
     """EINVAL, and nothing has changed; the other way round it can be."""
     machine = make_machine(kernel=V6_18)

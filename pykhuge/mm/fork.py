@@ -93,7 +93,7 @@ def _dup_vma(mem: Memory, vma: Vma, child: Mm) -> None:
     copy = Vma(
         child, vma.vm_start, vma.vm_end, vma.vm_flags & ~(VM_LOCKED | VM_UFFD_FLAGS), vma.vm_pgoff
     )
-    copy.vm_file = vma.vm_file
+    copy.vm_file, copy.anon_shmem = vma.vm_file, vma.anon_shmem
     insert_vma(child, copy)
     # Pages of a file are found again by faults; only private copies must be handed on.
     if vma.vm_flags & VM_WIPEONFORK or vma.anon_vma is None:

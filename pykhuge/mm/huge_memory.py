@@ -175,7 +175,7 @@ def shmem_is_huge(
     if vma is not None and vma_thp_disabled(vma, flags, forced=force):
         return False
     size_enabled = mem.thp.size_shmem_enabled
-    if vma is not None and inode.i_nlink == 0 and size_enabled != "inherit":
+    if vma is not None and vma.anon_shmem and size_enabled != "inherit":
         if mem.thp.shmem_enabled == "force":
             return False
         # Of its policies each is for itself; that of a mount which is within_size is advise, too.

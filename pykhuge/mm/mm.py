@@ -32,6 +32,7 @@ from pykhuge.mm.mm_types import (
     VM_WRITE,
     File,
     Mm,
+    ShmemInode,
     Userfaultfd,
     Vma,
 )
@@ -156,11 +157,16 @@ def do_mmap(
     if file is None:
         pgoff = addr >> PAGE_SHIFT
     vma = Vma(mm, addr, addr + length, vm_flags, pgoff, vm_file=file)
+    vma.anon_shmem = file is not None and _is_anon_shmem(file)
     insert_vma(mm, vma)
     khugepaged_enter_vma(mem, vma_merge(mem, mm, vma))
     yield Release(mm.mmap_lock)
     yield from release_files(mem, replaced)
     return addr
+
+
+def _is_anon_shmem(file: File) -> bool:
+    return isinstance(file.inode, ShmemInode) and not file.inode.i_nlink
 
 
 def release_files(mem: Memory, files: list[File]) -> Steps[None]:
@@ -218,6 +224,7 @@ def _split(mm: Mm, vma: Vma, addr: int) -> Vma:
     """Cut `vma` at `addr`; returns the upper part. Huge PMDs across the cut are the caller's."""
     upper = Vma(mm, addr, vma.vm_end, vma.vm_flags, vma.linear_page_index(addr))
     upper.userfaultfd_ctx, upper.vm_file = vma.userfaultfd_ctx, vma.vm_file
+    upper.anon_shmem = vma.anon_shmem
     upper.anon_vma = vma.anon_vma
     anon_vma_clone(upper, vma)
     vma.vm_end = addr

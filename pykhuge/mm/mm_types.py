@@ -256,6 +256,7 @@ class Vma:
     """struct vm_area_struct, [vm_start, vm_end) of one mm. Lock: mmap_lock of the mm.
 
     vm_file: what it maps; None is anonymous memory. vm_lock: the per-VMA lock.
+    anon_shmem: it maps shmem that had no name then (vma_is_anon_shmem).
     """
 
     mm: Mm
@@ -268,6 +269,7 @@ class Vma:
     anon_vma_chain: list[AnonVma] = field(default_factory=list)
     userfaultfd_ctx: Userfaultfd | None = None
     vm_file: File | None = None
+    anon_shmem: bool = False
     vm_lock: RwSem = field(default_factory=lambda: RwSem("vm_lock", Rank.VMA_LOCK))
 
     def linear_page_index(self, addr: int) -> int:

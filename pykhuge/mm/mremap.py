@@ -141,6 +141,7 @@ def _move(mem: Memory, mm: Mm, old: int, end: int, new: int, new_end: int) -> St
     pgoff = new >> PAGE_SHIFT if untouched else vma.vm_pgoff
     moved = Vma(mm, new, new + moved_end - old, vma.vm_flags, pgoff)
     moved.userfaultfd_ctx, moved.vm_file = vma.userfaultfd_ctx, vma.vm_file
+    moved.anon_shmem = vma.anon_shmem
     moved.anon_vma = vma.anon_vma
     anon_vma_clone(moved, vma)
     insert_vma(mm, moved)
