@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 __all__ = ["RateLimit"]
 
+DEFAULT_RATELIMIT_INTERVAL_NS = 5_000_000_000
+DEFAULT_RATELIMIT_BURST = 10
+
 
 class RateLimit:
     """struct ratelimit_state: `burst` lines in an interval, which begins with the first of them.
@@ -13,7 +16,12 @@ class RateLimit:
     function: which kernel function asks; the line that counts what was missed names it.
     """
 
-    def __init__(self, function: str, interval_ns: int, burst: int) -> None:
+    def __init__(
+        self,
+        function: str,
+        interval_ns: int = DEFAULT_RATELIMIT_INTERVAL_NS,
+        burst: int = DEFAULT_RATELIMIT_BURST,
+    ) -> None:
         self.function = function
         self.interval_ns = interval_ns
         self.burst = burst

@@ -522,10 +522,16 @@ def unpoison_memory(mem: Memory, pfn: int) -> int:
     mem.hwpoison.refs.discard(pfn)
     put_page_back_buddy(mem, pfn)
     mem.num_poisoned_pages -= 1
-    mem.printk(f"Unpoison: Software-unpoisoned page {pfn:#x}")
+    _unpoison_log(mem, pfn, "Software-unpoisoned page")
     return 0
 
 
 def _refuse(mem: Memory, pfn: int, why: str, number: int) -> int:
-    mem.printk(f"Unpoison: {why} {pfn:#x}")
+    _unpoison_log(mem, pfn, why)
     return number
+
+
+def _unpoison_log(mem: Memory, pfn: int, text: str) -> None:
+    """unpoison_pr_info()."""
+    if mem.hwpoison.unpoison.allows(mem.clock.now_ns, mem.printk):
+        mem.printk(f"Unpoison: {text} {pfn:#x}")

@@ -108,7 +108,8 @@ class HwPoison:
     refs: bad pages that it holds by a reference, for good. queue: pages it has still to deal with.
     device: pages of devices among num_poisoned_pages, which are not marked.
     hw_memory_failure: it was not always injected. early_kill, recovery: /proc/sys/vm.
-    mce_notify: how often the log says that there were machine checks.
+    mce_notify: how often the log says that there were machine checks. unpoison: and what became of
+    the pages that were to be unpoisoned.
     """
 
     refs: set[int] = field(default_factory=set)
@@ -120,6 +121,7 @@ class HwPoison:
     mce_notify: RateLimit = field(
         default_factory=lambda: RateLimit("mce_notify_irq", 60 * NSEC_PER_SEC, 2)
     )
+    unpoison: RateLimit = field(default_factory=lambda: RateLimit("unpoison_memory"))
 
 
 @dataclass

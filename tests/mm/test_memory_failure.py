@@ -49,12 +49,16 @@ S = ScanResult
 HWPOISON = Advice.MADV_HWPOISON
 
 
+def texts(machine: Machine) -> list[str]:
+    """The log without times."""
+    return [line.partition("] ")[2] for line in machine.log]
+
+
 def failures(machine: Machine) -> list[str]:
     """What the log says of memory failures, without times and frames."""
-    texts = [line.partition("] ")[2] for line in machine.log]
     return [
         text.removeprefix("Memory failure: ").partition(": ")[2]
-        for text in texts
+        for text in texts(machine)
         if text.startswith("Memory failure: ")
     ]
 
@@ -110,8 +114,7 @@ def kpf(machine: Machine, pfn: int) -> Kpf:
 
 def killings(machine: Machine) -> list[str]:
     """What the log says of tasks that have touched known poison, without times."""
-    texts = [line.partition("] ")[2] for line in machine.log]
-    return [text for text in texts if text.startswith("MCE: Killing ")]
+    return [text for text in texts(machine) if text.startswith("MCE: Killing ")]
 
 
 @pytest.mark.parametrize("write", [False, True])
@@ -216,7 +219,7 @@ def test_a_load_of_a_poisoned_line_is_told_at_once_and_the_page_goes(
     assert process.signals == child.signals == []
     assert touched(child, page + 7) == (page + 7, BUS_MCEERR_AR, 12)
     (mce,) = machine.mem.poison.log
-    assert [line.partition("] ")[2] for line in machine.log][:5] == [
+    assert texts(machine)[:5] == [
         f"mce: Uncorrected hardware memory error in user-access at {mce.addr:x}",
         "mce: [Hardware Error]: Machine check events logged",
         *mce.lines(),
@@ -698,6 +701,22 @@ def test_unpoison_refuses_what_somebody_still_has(machine: Machine, process: Pro
     process.ftruncate(file, 0)
     machine.unpoison_memory(pfn)
     assert machine.mem.num_poisoned_pages == 0
+
+
+def test_unpoison_logs_ten_lines_in_five_seconds(machine: Machine) -> None:
+    """Whatever they say; the first behind them tells how many were left out."""
+    first = machine.mem.nr_pages - 20
+    machine.memory_failure(first, injected=True)
+    machine.log.clear()
+    machine.unpoison_memory(first)
+    for pfn in range(first, first + 12):
+        assert refused(lambda pfn=pfn: machine.unpoison_memory(pfn)) == errno.EBUSY
+    refusals = [f"Unpoison: Page was already unpoisoned {first + nr:#x}" for nr in range(9)]
+    assert texts(machine) == [f"Unpoison: Software-unpoisoned page {first:#x}", *refusals]
+    machine.log.clear()
+    machine.clock.advance_to(machine.clock.now_ns + 5_000_000_000)
+    assert refused(lambda: machine.unpoison_memory(first)) == errno.EBUSY
+    assert texts(machine) == ["unpoison_memory: 3 callbacks suppressed", refusals[0]]
 
 
 def test_arguments_are_checked(machine: Machine, process: Process, page: int) -> None:
