@@ -314,8 +314,10 @@ def split_huge_page(
     Kernel: split_huge_page_to_list. Returns: whether it was split.
     """
     pages, pins = mem.pages, int(pinned is not None)
-    if head == mem.huge_zero_pfn:
-        return False  # refused before it counts as a page that could not be split
+    if head == mem.huge_zero_pfn:  # refused before it counts as a page that could not be split
+        if mem.hwpoison.split_warning.allows(mem.clock.now_ns, mem.printk):
+            mem.printk("huge_memory: Called split_huge_page for huge zero page")
+        return False
     if pages.flags[head] & PG_locked or pages.refcount[head] != pages.total_mapcount(head) + pins:
         mem.vmstat.count(THP_SPLIT_PAGE_FAILED)
         return False

@@ -108,10 +108,11 @@ class HwPoison:
     refs: bad pages that it holds by a reference, for good. queue: pages it has still to deal with.
     device: pages of devices among num_poisoned_pages, which are not marked.
     hw_memory_failure: it was not always injected. early_kill, recovery: /proc/sys/vm.
-    mce_notify: how often the log says that there were machine checks. unpoison: and what became of
-    the pages that were to be unpoisoned.
+    How often the log says that there were machine checks (mce_notify), what became of pages to be
+    unpoisoned (unpoison), and that the huge zero page was to be split (split_warning).
     """
 
+    split_warning: RateLimit
     refs: set[int] = field(default_factory=set)
     queue: list[int] = field(default_factory=list)
     device: int = 0
@@ -292,7 +293,9 @@ class Memory:
         # Cached huge pages that a collapse has locked, and by whom.
         self.page_locks: dict[int, Task[Any]] = {}
         self.user_pages: list[HeldPages] = []
-        self.hwpoison = HwPoison()
+        self.hwpoison = HwPoison(
+            RateLimit("__folio_split" if version.split_leaves_pieces else "split_huge_page_to_list")
+        )
         self.num_poisoned_pages = 0
         self.swap = SwapDevice(nr_swap_slots, swap_synchronous_io)
         self.thp = ThpSettings(version=version)

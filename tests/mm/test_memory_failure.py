@@ -596,6 +596,33 @@ def test_the_huge_zero_page_is_refused_before_it_counts(machine: Machine, proces
     assert machine.vmstat()["thp_split_page_failed"] == 0
 
 
+@pytest.mark.parametrize(
+    ("kernel", "splitter"),
+    [(KernelVersion.REF, "split_huge_page_to_list"), (KernelVersion.V6_18, "__folio_split")],
+    ids=["REF", "6.18"],
+)
+def test_a_split_of_the_huge_zero_page_is_warned_of_ten_times(
+    make_machine: MakeMachine, kernel: KernelVersion, splitter: str
+) -> None:
+    """In five seconds; then the log tells how often it was asked for besides, and by its name."""
+    machine = make_machine(kernel=kernel)
+    process = machine.process("app")
+    addr = advised(process)
+    process.read(addr, 1)
+
+    def fail(page: int) -> None:
+        assert refused(lambda: process.madvise(addr + page * PAGE, PAGE, HWPOISON)) is not None
+
+    for page in range(11):
+        fail(page)
+    warning = "huge_memory: Called split_huge_page for huge zero page"
+    assert texts(machine).count(warning) == 10
+    machine.clock.advance_to(machine.clock.now_ns + 5_000_000_000)
+    machine.log.clear()
+    fail(11)
+    assert texts(machine)[1:3] == [f"{splitter}: 1 callbacks suppressed", warning]
+
+
 def test_without_recovery_a_memory_failure_is_a_panic(
     make_machine: MakeMachine,
 ) -> None:
