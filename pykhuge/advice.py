@@ -156,6 +156,8 @@ class AdviceCalls:
 
     def _inject_error(self, start: int, end: int, advice: Advice) -> Steps[None]:
         """Kernel: madvise_inject_error. No machine check: the pages are only said to be bad."""
+        required = self.mem.version.hwpoison_requires_action
+        pending = len(self.mm.signals)
         while start < end:
             held = yield from get_user_pages(self.mem, self.mm, start, 1, pinned=False)
             pfn, at = int(held.pfns[0]), f"at process virtual address {start:#x}"
@@ -168,11 +170,17 @@ class AdviceCalls:
                 else:
                     self.mem.printk(f"Injecting memory failure for pfn {pfn:#x} {at}")
                     error = yield from memory_failure(
-                        self.mem, pfn, count_increased=True, sw_simulated=True
+                        self.mem,
+                        pfn,
+                        current=self.mm if required else None,
+                        count_increased=True,
+                        sw_simulated=True,
                     )
             except GeneratorExit:
                 put_pages(self.mem, held.pfns)  # a plain call, given up before it began
                 raise
+            if required:  # a second SIGBUS is not queued while one is pending
+                del self.mm.signals[pending + 1 :]
             if error:
                 raise os_error(error, f"{advice.name} of page {pfn:#x} {at}")
             start += size

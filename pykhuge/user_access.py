@@ -220,8 +220,9 @@ class UserAccess:
         # Said on the way back to user space; the events are worked off after that.
         mem.printk(f"mce: Uncorrected hardware memory error in user-access at {mce.addr:x}")
         mem.log_machine_check(mce, by_user=True)
+        earlier = len(mm.signals)
         result = yield from memory_failure(mem, pfn, current=mm)
-        for each in mm.signals:
+        for each in mm.signals[earlier:]:
             if each.si_code == BUS_MCEERR_AR:
                 mm.signals.remove(each)
                 raise BusError(each.si_addr, each.si_code, each.si_addr_lsb)

@@ -100,6 +100,11 @@ class KernelVersion:
         "a copy that meets poison has memory_failure() deal with the page",
         unseen="it takes memory that is poisoned",
     )
+    hwpoison_requires_action: bool = _since(
+        "6.11 (66802526298e)",
+        "MADV_HWPOISON is as if its caller had touched the page: it is sent SIGBUS at once",
+        unseen="no layout has pages that are poisoned",
+    )
     shmem_heeds_past_advice: bool = _since(
         "6.11",
         "whether shmem_enabled=advise lets a mapping have huge pages is asked of the advice it had"

@@ -330,7 +330,7 @@ def _unmap(mem: Memory, mapping: Mapping, pfn: int, *, hwpoison: bool) -> None:
 
 def _kill_proc(mem: Memory, victim: ToKill, pfn: int, current: Mm | None) -> None:
     """SIGBUS: action required of who has touched the page, action optional for everybody else."""
-    task = victim.mm.task
+    task = mem.sched.current if victim.mm is current else victim.mm.task
     assert task is not None
     _log(
         mem,

@@ -107,6 +107,56 @@ def test_an_anonymous_page_becomes_an_entry_that_kills(
     assert machine.mem.poison.log == []  # no machine check at all
 
 
+@pytest.mark.parametrize("version", [(6, 10), (6, 11)])
+def test_who_injects_a_failure_is_told_at_once_since_6_11(
+    make_machine: MakeMachine, version: tuple[int, int]
+) -> None:
+    """Action required, whatever it asked for; late kill for the others, as ever."""
+    machine = make_machine(kernel=KernelVersion.at(*version))
+    process = machine.process("app")
+    addr = process.mmap(2 * PAGE)
+    process.write(addr, block_bytes(0, 2))
+    process.mce_kill, child = "late", process.fork("child")
+    process.madvise(addr + PAGE, PAGE, HWPOISON)
+    told = version >= (6, 11)
+    required = Signal(signal.SIGBUS, BUS_MCEERR_AR, addr + PAGE, 12)
+    assert process.signals == [required] * told
+    assert child.signals == []
+    sending = f"Sending SIGBUS to app:{process.pid} due to hardware memory corruption"
+    assert failures(machine) == [sending] * told + ["recovery action for dirty LRU page: Recovered"]
+    process.poison(addr)
+    assert touched(process, addr) == (addr, BUS_MCEERR_AR, 12)
+    assert process.signals == [required] * told  # that of the touch is another one
+
+
+def test_a_thread_that_injects_failures_of_many_pages_gets_one_signal(
+    make_machine: MakeMachine,
+) -> None:
+    """SIGBUS is not queued twice; the log names the thread each time."""
+    machine = make_machine(kernel=KernelVersion.V6_18)
+    process = machine.process("app")
+    addr = process.mmap(3 * PAGE)
+    process.write(addr, block_bytes(0, 3))
+    thread = machine.spawn(process.madvise.steps(addr, 3 * PAGE, HWPOISON), "thread")
+    thread.finish()
+    assert process.signals == [Signal(signal.SIGBUS, BUS_MCEERR_AR, addr, 12)]
+    sending = f"Sending SIGBUS to thread:{thread.pid} due to hardware memory corruption"
+    assert failures(machine).count(sending) == 3
+
+
+def test_who_injects_a_failure_of_a_clean_page_is_not_told(
+    make_machine: MakeMachine, disk: Path
+) -> None:
+    """Nothing is lost."""
+    machine = make_machine(kernel=KernelVersion.V6_18)
+    process = machine.process("app")
+    addr = process.mmap(HPAGE, file=process.open(str(disk)), prot=PROT_READ)
+    process.read(addr, PAGE)
+    process.madvise(addr, PAGE, HWPOISON)
+    assert process.signals == []
+    assert process.read(addr, PAGE) == page_bytes(0)
+
+
 def kpf(machine: Machine, pfn: int) -> Kpf:
     """/proc/kpageflags of one frame."""
     return Kpf(int(machine.procfs.kpageflags(pfn, 1)[0]))
