@@ -56,6 +56,7 @@ from pykhuge import (
     UserFault,
 )
 from pykhuge.khugepaged.trace_events import mm_collapse_huge_page_swapin
+from pykhuge.mm.errors import EHWPOISON
 from pykhuge.mm.mm_types import MMF_DISABLE_THP
 from pykhuge.mm.new_pages import pte_table
 from pykhuge.mm.page import PG_hwpoison
@@ -974,7 +975,7 @@ def test_fault_around_leaves_out_what_is_known_to_be_bad(make_machine: MakeMachi
     assert madv_collapse(block.process, block.addr) is None
     pfn = block.pfn(20)
     held = block.process.get(block.addr + 20 * PAGE, PAGE)
-    assert refused(lambda: machine.memory_failure(pfn)) == errno.EBUSY
+    assert refused(lambda: machine.memory_failure(pfn)) == EHWPOISON
     block.process.madvise(block.addr, HPAGE, Advice.MADV_DONTNEED)
     block.process.read(block.addr + 30 * PAGE, 1)
     assert present(block.process, block.addr) == NR - 1

@@ -105,6 +105,12 @@ class KernelVersion:
         "MADV_HWPOISON is as if its caller had touched the page: it is sent SIGBUS at once",
         unseen="no layout has pages that are poisoned",
     )
+    unsplit_thp_kills: bool = _since(
+        "6.11 (1a3798dececa)",
+        "a bad page in a huge page that cannot be split counts as failed, not as ignored, and those"
+        " who map it are sent SIGBUS; memory_failure returns EHWPOISON then, not EBUSY",
+        unseen="no layout has pages that are poisoned",
+    )
     shmem_heeds_past_advice: bool = _since(
         "6.11",
         "whether shmem_enabled=advise lets a mapping have huge pages is asked of the advice it had"

@@ -105,8 +105,8 @@ def memory_failure(
             its `Mm.signals`. None: somebody else has found it.
         count_increased: the caller has a reference to the page, which goes over to this call.
         sw_simulated: injected; pages can be unpoisoned as long as all were.
-    Returns: 0, EBUSY (nothing could be done), EHWPOISON (known already), ENXIO (device memory),
-    EFAULT (known, and `current` does not map it).
+    Returns: 0, EBUSY (nothing could be done), EHWPOISON (known already, or in a huge page that
+    cannot be split), ENXIO (device memory), EFAULT (known, and `current` does not map it).
     Raises: KernelPanic with `memory_failure_recovery` 0.
     Locks: waits for the page lock; takes the anon_vma's lock or i_mmap_rwsem.
     """
@@ -140,7 +140,7 @@ def memory_failure(
     if pages.is_compound(pfn):
         pages.flags[pages.head_of(pfn)] |= np.uint32(PG_has_hwpoisoned)
         if not (yield from try_to_split_thp_page(mem, pfn)):
-            return _action_result(mem, pfn, "unsplit thp", IGNORED)
+            return (yield from _unsplit(mem, pfn, current))
     mem.hwpoison.refs.add(pfn)
     lru_add_drain_all(mem)
     yield from wait_on_page(mem, pfn)
@@ -188,7 +188,7 @@ def get_hwpoison_page(mem: Memory, pfn: int) -> bool:
 def try_to_split_thp_page(mem: Memory, pfn: int) -> Steps[bool]:
     """Split the huge page around `pfn`; the caller's reference goes over to that very page.
 
-    If somebody else refers to it, it stays, and the reference is dropped.
+    If somebody else refers to it, it stays, and so does the reference, which is to the whole.
     """
     head = mem.pages.head_of(pfn)
     yield from wait_on_page(mem, head)
@@ -197,9 +197,19 @@ def try_to_split_thp_page(mem: Memory, pfn: int) -> Steps[bool]:
         split = split_file_page(mem, mapping, head, pinned=pfn)
     else:
         split = split_huge_page(mem, head, pinned=pfn)
-    if not split:
-        put_pages(mem, np.array([head]))
     return split
+
+
+def _unsplit(mem: Memory, pfn: int, current: Mm | None) -> Steps[int]:
+    """The page cannot be taken out of its huge page: somebody holds that."""
+    head = mem.pages.head_of(pfn)
+    if not mem.version.unsplit_thp_kills:
+        put_pages(mem, np.array([head]))
+        return _action_result(mem, pfn, "unsplit thp", IGNORED)
+    yield from _kill_procs_now(mem, pfn, current)
+    put_pages(mem, np.array([head]))
+    _action_result(mem, pfn, "unsplit thp", FAILED)
+    return EHWPOISON
 
 
 def _handle_page(mem: Memory, pfn: int, current: Mm | None) -> Steps[int]:
@@ -219,10 +229,27 @@ def _handle_page(mem: Memory, pfn: int, current: Mm | None) -> Steps[int]:
 
 
 class ToKill(NamedTuple):
-    """struct to_kill: who may have to be told, and where the page lies there."""
+    """struct to_kill: who may have to be told, and where the page lies there.
+
+    size_shift: of all that is lost, as siginfo has it.
+    """
 
     mm: Mm
     addr: int
+    size_shift: int = PAGE_SHIFT
+
+
+def _kill_procs_now(mem: Memory, pfn: int, current: Mm | None) -> Steps[None]:
+    """Signal whom a page concerns that stays where it is; the huge zero page has no rmap."""
+    head = mem.pages.head_of(pfn)
+    mapping, lock = mem.mappings.get(int(mem.pages.mapping[head])), _rmap_lock(mem, head)
+    if mapping is None or lock is None:
+        return
+    yield Acquire(lock, READ)
+    to_kill = _collect_procs(mem, pfn, mapping, current)
+    yield Release(lock)
+    for victim in to_kill:
+        _kill_proc(mem, victim, pfn, current)
 
 
 def _rmap_lock(mem: Memory, pfn: int) -> RwSem | None:
@@ -280,8 +307,10 @@ def _collect_procs(
 
     Of a file, every process that maps that part of it counts, whether or not it has the page.
     """
-    index = int(mem.pages.index[pfn])
-    mapped = {(id(each.vma), each.addr) for each in page_mappings(mem, pfn)}
+    head = mem.pages.head_of(pfn)
+    index = int(mem.pages.index[head]) + pfn - head
+    size_shift = PAGE_SHIFT + int(mem.pages.order[head])
+    mapped = _mapped_at(mem, pfn)
     found = []
     for mm in mem.mms:
         if mm is not current and not _early_kill(mem, mm):
@@ -290,8 +319,19 @@ def _collect_procs(
             addr = vma.address_of(index)
             covers = vma.mm is mm and vma.vm_start <= addr < vma.vm_end
             if covers and (isinstance(mapping, AddressSpace) or (id(vma), addr) in mapped):
-                found.append(ToKill(mm, addr))
+                found.append(ToKill(mm, addr, size_shift))
     return found
+
+
+def _mapped_at(mem: Memory, pfn: int) -> set[tuple[int, int]]:
+    """By which VMA and where `pfn` is mapped, alone or with all of its huge page."""
+    head = mem.pages.head_of(pfn)
+    alone = [each for each in page_mappings(mem, pfn) if each.table >= 0]
+    whole = [each for each in page_mappings(mem, head) if each.table < 0]
+    within = pfn - head << PAGE_SHIFT
+    return {(id(each.vma), each.addr) for each in alone} | {
+        (id(each.vma), each.addr + within) for each in whole
+    }
 
 
 def _vmas_of(mapping: AnonVma | AddressSpace) -> list[Vma]:
@@ -338,7 +378,7 @@ def _kill_proc(mem: Memory, victim: ToKill, pfn: int, current: Mm | None) -> Non
         f"Sending SIGBUS to {task.comm}:{task.pid} due to hardware memory corruption",
     )
     code = BUS_MCEERR_AR if victim.mm is current else BUS_MCEERR_AO
-    victim.mm.signals.append(Signal(signal.SIGBUS, code, victim.addr, PAGE_SHIFT))
+    victim.mm.signals.append(Signal(signal.SIGBUS, code, victim.addr, victim.size_shift))
 
 
 def _kill_accessing_process(mem: Memory, mm: Mm, pfn: int) -> int:

@@ -92,6 +92,7 @@ def soft_offline_page(mem: Memory, pfn: int, *, count_increased: bool = False) -
         mem.printk(f"Memory failure: {pfn:#x}: unhandlable page.")
         return errno.EIO
     if pages.is_compound(pfn) and not (yield from try_to_split_thp_page(mem, pfn)):
+        put_pages(mem, np.array([pages.head_of(pfn)]))
         _log(mem, pfn, "thp split failed")
         return errno.EBUSY
     yield from wait_on_page(mem, pfn)

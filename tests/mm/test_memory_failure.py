@@ -509,6 +509,60 @@ def test_a_huge_page_that_is_held_is_not_split(machine: Machine, process: Proces
     assert machine.vmstat()["nr_free_pages"] == free + NR - 1 + 2
 
 
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("shmem", [False, True])
+def test_a_huge_page_that_cannot_be_split_tells_who_maps_it_since_6_11(
+    make_machine: MakeMachine, shmem: bool, early: bool
+) -> None:
+    """EHWPOISON, failed: all of 2 MiB is said to be lost, at the address of the bad page."""
+    machine = make_machine(kernel=KernelVersion.at(6, 11))
+    if shmem:
+        block = shmem_block(machine)
+        process, addr = block.process, block.addr
+        process.madvise(addr, HPAGE, Advice.MADV_COLLAPSE)
+    else:
+        process = machine.process("app")
+        process.write(addr := advised(process), block_bytes())
+    child, other, held = process.fork("child"), process.fork("other"), process.get(addr, 1)
+    child.munmap(addr, PAGE)  # of anonymous memory, maps the rest by a table
+    child.mce_kill = "early" if early else "late"
+    other.munmap(addr, HPAGE)
+    other.mce_kill = "early"
+    machine.log.clear()
+    bad = addr + 7 * PAGE
+    assert refused(lambda: process.madvise(bad, PAGE, HWPOISON)) == EHWPOISON
+    assert process.signals == [Signal(signal.SIGBUS, BUS_MCEERR_AR, bad, 21)]
+    assert child.signals == [Signal(signal.SIGBUS, BUS_MCEERR_AO, bad, 21)] * early
+    assert other.signals == []
+    told = [process, child] if early else [process]
+    assert failures(machine) == [
+        *(
+            f"Sending SIGBUS to {each.task.comm}:{each.pid} due to hardware memory corruption"
+            for each in told
+        ),
+        "recovery action for unsplit thp: Failed",
+    ]
+    counts = machine.mem.nodes[0].memory_failure
+    assert (counts["failed"], counts["ignored"], counts["total"]) == (1, 0, 1)
+    assert process.read(addr, HPAGE) == block_bytes()
+    held.release()
+
+
+def test_a_scrubber_that_finds_a_held_huge_page_bad_kills_nobody_late(
+    make_machine: MakeMachine,
+) -> None:
+    """Nobody has touched it; who does, later, is told of the page alone."""
+    machine = make_machine(kernel=KernelVersion.at(6, 11))
+    process = machine.process("app")
+    process.write(addr := advised(process), block_bytes())
+    held, pfn = process.get(addr, 1), process.poison(addr + 3 * PAGE)
+    assert refused(lambda: machine.memory_failure(pfn)) == EHWPOISON
+    assert process.signals == []
+    bad = addr + 3 * PAGE
+    assert touched(process, bad) == (bad, BUS_MCEERR_AR, 12)
+    held.release()
+
+
 def test_a_file_block_with_a_bad_page_is_not_mapped_by_a_pmd(
     machine: Machine,
 ) -> None:
@@ -531,7 +585,7 @@ def test_a_piece_with_a_bad_page_still_says_so(make_machine: MakeMachine) -> Non
     block.process.madvise(block.addr, HPAGE, Advice.MADV_COLLAPSE)
     head, held = block.pfn(0), block.process.get(block.addr, 1)
     bad = block.addr + 9 * PAGE
-    assert refused(lambda: block.process.madvise(bad, 1, HWPOISON)) == errno.EBUSY
+    assert refused(lambda: block.process.madvise(bad, 1, HWPOISON)) == EHWPOISON
     held.release()
     for cut, marked in ((256, [0]), (12, [8]), (8, [])):
         block.process.fallocate(block.file, cut * PAGE, PAGE, punch_hole=True, keep_size=True)
