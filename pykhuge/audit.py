@@ -625,9 +625,9 @@ def _check_locks(mem: Memory, recount: Recount) -> None:
 
 
 def _check_hwpoison(mem: Memory, recount: Recount, used: Pfns) -> None:
-    """Every bad page is counted once, and what memory_failure keeps is bad."""
+    """Every bad page is counted, each time it was reported; what memory_failure keeps is bad."""
     bad = used[mem.pages.flags[used] & np.uint32(PG_hwpoison) != 0]
-    counted = mem.num_poisoned_pages - mem.hwpoison.device
+    counted = mem.num_poisoned_pages - mem.hwpoison.device - mem.hwpoison.again
     recount.expect("num_poisoned_pages", counted, len(bad))
     recount.findings.extend(
         f"page {pfn:#x} is kept by memory_failure, and is not bad"

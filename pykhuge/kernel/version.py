@@ -111,6 +111,13 @@ class KernelVersion:
         " who map it are sent SIGBUS; memory_failure returns EHWPOISON then, not EBUSY",
         unseen="no layout has pages that are poisoned",
     )
+    action_result_says_more: bool = _since(
+        "6.11 (b8b9488d50b7)",
+        "memory_failure of poison that is known has a result, `already poisoned: Failed`, and"
+        " counts again; a page of a kind that cannot be dealt with is a `get hwpoison page`, not an"
+        " `unknown page`, and one in an unknown state is ignored, which was a failure",
+        unseen="no layout has pages that are poisoned",
+    )
     shmem_heeds_past_advice: bool = _since(
         "6.11",
         "whether shmem_enabled=advise lets a mapping have huge pages is asked of the advice it had"
@@ -176,6 +183,12 @@ class KernelVersion:
         "6.15",
         "a huge page of shmem that is punched or truncated in part is halved again and again"
         " around the cut: what is not near it stays in compound pages of smaller orders",
+    )
+    known_poison_counts_once: bool = _since(
+        "6.17 (3be306cccdcc)",
+        "memory_failure of poison that is known counts no more, and logs its result alone, `already"
+        " poisoned page: Failed`",
+        unseen="no layout has pages that are poisoned",
     )
     mremap_moves_many: bool = _since(
         "6.17",

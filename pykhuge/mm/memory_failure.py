@@ -124,10 +124,7 @@ def memory_failure(
         _action_result(mem, pfn, "dax page", FAILED)
         return errno.ENXIO
     if pages.flags[pfn] & PG_hwpoison:
-        _log(mem, pfn, "already hardware poisoned")
-        found = EHWPOISON if current is None else _kill_accessing_process(mem, current, pfn)
-        _put_if(mem, pfn, count_increased)
-        return found
+        return _known_poison(mem, pfn, current, held=count_increased)
     if not count_increased:
         if take_page_off_buddy(mem, pfn):
             mem.hwpoison.refs.add(pfn)
@@ -135,7 +132,8 @@ def memory_failure(
         pages.flags[pfn] |= np.uint32(PG_hwpoison)
         if not get_hwpoison_page(mem, pfn):
             _log(mem, pfn, "unhandlable page.")
-            return _action_result(mem, pfn, "unknown page", IGNORED)
+            kind = "get hwpoison page" if mem.version.action_result_says_more else "unknown page"
+            return _action_result(mem, pfn, kind, IGNORED)
     pages.flags[pfn] |= np.uint32(PG_hwpoison)
     if pages.is_compound(pfn):
         pages.flags[pages.head_of(pfn)] |= np.uint32(PG_has_hwpoisoned)
@@ -158,6 +156,22 @@ def _would_wait(mem: Memory, pfn: int, *, count_increased: bool) -> bool:
         return False
     lock = _rmap_lock(mem, head)
     return bool(mem.pages.flags[head] & PG_locked) or not (lock is None or lock.available(READ))
+
+
+def _known_poison(mem: Memory, pfn: int, current: Mm | None, *, held: bool) -> int:
+    """Nothing is left to be done, but to send `current` off again if it has come back."""
+    says_more = mem.version.action_result_says_more
+    once = says_more and mem.version.known_poison_counts_once
+    if not once:
+        _log(mem, pfn, "already hardware poisoned")
+    found = EHWPOISON if current is None else _kill_accessing_process(mem, current, pfn)
+    _put_if(mem, pfn, held)
+    if once:
+        _log_result(mem, pfn, "already poisoned page", FAILED)
+    elif says_more:
+        _action_result(mem, pfn, "already poisoned", FAILED)
+        mem.hwpoison.again += 1
+    return found
 
 
 def _put_if(mem: Memory, pfn: int, held: bool) -> None:
@@ -441,7 +455,7 @@ def _me_kernel(_mem: Memory, _pfn: int, _kind: str) -> str:
 
 def _me_unknown(mem: Memory, pfn: int, _kind: str) -> str:
     _log(mem, pfn, "Unknown page state")
-    return FAILED
+    return IGNORED if mem.version.action_result_says_more else FAILED
 
 
 def _me_pagecache_clean(mem: Memory, pfn: int, kind: str) -> str:
@@ -512,8 +526,12 @@ def _action_result(mem: Memory, pfn: int, kind: str, result: str) -> int:
     stats = mem.nodes[mem.nid_of(pfn)].memory_failure
     stats[result.lower()] += 1
     stats["total"] += 1
-    _log(mem, pfn, f"recovery action for {kind}: {result}")
+    _log_result(mem, pfn, kind, result)
     return 0 if result in (RECOVERED, DELAYED) else errno.EBUSY
+
+
+def _log_result(mem: Memory, pfn: int, kind: str, result: str) -> None:
+    _log(mem, pfn, f"recovery action for {kind}: {result}")
 
 
 def _log(mem: Memory, pfn: int, text: str) -> None:

@@ -106,7 +106,8 @@ class HwPoison:
     """What memory_failure keeps.
 
     refs: bad pages that it holds by a reference, for good. queue: pages it has still to deal with.
-    device: pages of devices among num_poisoned_pages, which are not marked.
+    device: pages of devices among num_poisoned_pages, which are not marked. again: how often it was
+    told of pages there that it knew.
     hw_memory_failure: it was not always injected. early_kill, recovery: /proc/sys/vm.
     How often the log says that there were machine checks (mce_notify), what became of pages to be
     unpoisoned (unpoison), and that the huge zero page was to be split (split_warning).
@@ -116,6 +117,7 @@ class HwPoison:
     refs: set[int] = field(default_factory=set)
     queue: list[int] = field(default_factory=list)
     device: int = 0
+    again: int = 0
     hw_memory_failure: bool = False
     early_kill: bool = False
     recovery: bool = True

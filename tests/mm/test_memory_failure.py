@@ -43,6 +43,7 @@ from pykhuge.mm.errors import BUS_MCEERR_AO, BUS_MCEERR_AR, EHWPOISON, Signal
 from pykhuge.mm.page import PG_has_hwpoisoned, PG_hwpoison, PG_lru
 from pykhuge.mm.page_table import SWP_HWPOISON, swp_offset, swp_type
 from pykhuge.mm.rmap import ptes_of
+from pykhuge.mm.swap import isolate_lru_pages, putback_lru_pages
 from pykhuge.procfs import Kpf
 
 S = ScanResult
@@ -315,6 +316,50 @@ def test_known_poison_is_ehwpoison(machine: Machine, process: Process, page: int
     assert failures(machine)[-1] == "already hardware poisoned"
     assert machine.mem.num_poisoned_pages == 1
     assert touched(process, page) == (page, BUS_MCEERR_AR, 12)
+
+
+@pytest.mark.parametrize(
+    ("version", "said", "counted"),
+    [
+        ((6, 10), ["already hardware poisoned"], 1),
+        ((6, 11), ["already hardware poisoned", "recovery action for already poisoned: Failed"], 2),
+        ((6, 17), ["recovery action for already poisoned page: Failed"], 1),
+    ],
+)
+def test_known_poison_has_a_result_since_6_11_and_counts_once_since_6_17(
+    make_machine: MakeMachine, version: tuple[int, int], said: list[str], counted: int
+) -> None:
+    """EHWPOISON each time; what was counted twice stays when one is taken back."""
+    machine = make_machine(kernel=KernelVersion.at(*version))
+    pfn = machine.mem.nr_pages - 5
+    machine.memory_failure(pfn, injected=True)
+    machine.log.clear()
+    assert refused(lambda: machine.memory_failure(pfn, injected=True)) == EHWPOISON
+    assert failures(machine) == said
+    assert machine.procfs.meminfo()["HardwareCorrupted"] == 4 * counted
+    counts = machine.mem.nodes[0].memory_failure
+    assert (counts["recovered"], counts["failed"], counts["total"]) == (1, counted - 1, counted)
+    machine.audit()
+    machine.unpoison_memory(pfn)
+    assert machine.mem.num_poisoned_pages == counted - 1
+
+
+def test_a_failure_that_is_injected_again_is_told_its_caller_again(
+    make_machine: MakeMachine,
+) -> None:
+    """A huge page that could not be split is still mapped: of the page alone, by its entry."""
+    machine = make_machine(kernel=KernelVersion.V6_18)
+    process = machine.process("app")
+    process.write(addr := advised(process), block_bytes())
+    held, bad = process.get(addr, 1), addr + 7 * PAGE
+    for _ in range(2):
+        assert refused(lambda: process.madvise(bad, PAGE, HWPOISON)) == EHWPOISON
+    assert process.signals == [Signal(signal.SIGBUS, BUS_MCEERR_AR, bad, lsb) for lsb in (21, 12)]
+    assert failures(machine)[-2:] == [
+        f"Sending SIGBUS to app:{process.pid} due to hardware memory corruption",
+        "recovery action for already poisoned page: Failed",
+    ]
+    held.release()
 
 
 def test_an_mlocked_page_goes_all_the_same(machine: Machine, process: Process, page: int) -> None:
@@ -611,17 +656,48 @@ def test_a_free_frame_is_taken_off_the_allocator(machine: Machine) -> None:
     assert machine.log[-1].endswith(f"Unpoison: Software-unpoisoned page {pfn:#x}")
 
 
+@pytest.mark.parametrize(
+    ("version", "kind"), [((6, 10), "unknown page"), ((6, 11), "get hwpoison page")]
+)
 def test_a_page_table_and_the_zero_page_cannot_be_dealt_with(
-    machine: Machine, process: Process, page: int
+    make_machine: MakeMachine, version: tuple[int, int], kind: str
 ) -> None:
     """EBUSY, and they go on being used."""
+    machine = make_machine(kernel=KernelVersion.at(*version))
+    process = machine.process("app")
+    process.write(page := process.mmap(PAGE), page_bytes(1))
     table = process.mm.pmd_tables[page >> 30]
     assert refused(lambda: machine.memory_failure(table)) == errno.EBUSY
-    assert failures(machine) == ["unhandlable page.", "recovery action for unknown page: Ignored"]
+    assert failures(machine) == ["unhandlable page.", f"recovery action for {kind}: Ignored"]
     assert process.read(page, PAGE) == page_bytes(1)
     zero = process.mmap(PAGE)
     assert refused(lambda: process.madvise(zero, PAGE, HWPOISON)) == errno.EBUSY
     assert failures(machine)[-1] == "recovery action for reserved kernel page: Ignored"
+
+
+@pytest.mark.parametrize(("version", "result"), [((6, 10), "Failed"), ((6, 11), "Ignored")])
+def test_a_page_that_leaves_its_list_before_its_lock_is_had_is_unknown(
+    make_machine: MakeMachine, version: tuple[int, int], result: str
+) -> None:
+    """EBUSY either way; it is counted as what it is called."""
+    machine = make_machine(kernel=KernelVersion.at(*version))
+    process = machine.process("app")
+    process.write(addr := process.mmap(PAGE), b"x")
+    machine.lru_add_drain_all()
+    pfn, lock = process.pfn(addr), process.lock_page(addr)
+    assert pfn is not None
+    task = machine.spawn(machine.memory_failure.steps(pfn))
+    while task.step():
+        pass
+    isolate_lru_pages(machine.mem, np.array([pfn]))
+    lock.release()
+    assert refused(task.finish) == errno.EBUSY
+    assert failures(machine) == [
+        "Unknown page state",
+        f"recovery action for unknown page: {result}",
+    ]
+    assert machine.mem.nodes[0].memory_failure[result.lower()] == 1
+    putback_lru_pages(machine.mem, np.array([pfn]))
 
 
 def test_device_memory_is_the_drivers_affair(machine: Machine, process: Process, page: int) -> None:
