@@ -118,6 +118,11 @@ class KernelVersion:
         " `unknown page`, and one in an unknown state is ignored, which was a failure",
         unseen="no layout has pages that are poisoned",
     )
+    offline_logs_frame_first: bool = _since(
+        "6.11 (fa70d377b449, 865319f772e6)",
+        "the log's lines of unpoison and soft offline are of one form, `Soft offline: 0x64: why`",
+        unseen="no layout has pages that are poisoned",
+    )
     shmem_heeds_past_advice: bool = _since(
         "6.11",
         "whether shmem_enabled=advise lets a mapping have huge pages is asked of the advice it had"

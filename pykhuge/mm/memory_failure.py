@@ -591,5 +591,9 @@ def _refuse(mem: Memory, pfn: int, why: str, number: int) -> int:
 
 def _unpoison_log(mem: Memory, pfn: int, text: str) -> None:
     """unpoison_pr_info()."""
-    if mem.hwpoison.unpoison.allows(mem.clock.now_ns, mem.printk):
+    if not mem.hwpoison.unpoison.allows(mem.clock.now_ns, mem.printk):
+        return
+    if mem.version.offline_logs_frame_first:
+        mem.printk(f"Unpoison: {pfn:#x}: {text[0].lower()}{text[1:]}")
+    else:
         mem.printk(f"Unpoison: {text} {pfn:#x}")

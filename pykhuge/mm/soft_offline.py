@@ -80,7 +80,7 @@ def soft_offline_page(mem: Memory, pfn: int, *, count_increased: bool = False) -
             put_pages(mem, one)
         return errno.EIO
     if pages.flags[pfn] & PG_hwpoison:
-        mem.printk(f"soft_offline_page: {pfn:#x} page already poisoned")
+        _log(mem, pfn, "page already poisoned", older="soft_offline_page: {} {}")
         if count_increased:
             put_pages(mem, one)
         return 0
@@ -99,7 +99,7 @@ def soft_offline_page(mem: Memory, pfn: int, *, count_increased: bool = False) -
     wait_on_page_writeback(mem, one)
     if pages.flags[pfn] & PG_hwpoison:
         put_pages(mem, one)
-        mem.printk(f"soft offline: {pfn:#x} page already poisoned")
+        _log(mem, pfn, "page already poisoned", older="soft offline: {} {}")
         return 0
     return _soft_offline_small_page(mem, pfn)
 
@@ -119,7 +119,7 @@ def _soft_offline_small_page(mem: Memory, pfn: int) -> int:
     """soft_offline_in_use_page(): drop it if the disk has it, else migrate it."""
     pages, one = mem.pages, np.array([pfn])
     if _evict(mem, pfn):
-        mem.printk(f"soft_offline: {pfn:#x}: invalidated")
+        _log(mem, pfn, "invalidated", older="soft_offline: {}: {}")
     elif not pages.flags[pfn] & PG_lru:
         put_pages(mem, one)
         _log(mem, pfn, f"page isolation failed, page count {int(pages.refcount[pfn])}")
@@ -229,5 +229,7 @@ def _move_counts(mem: Memory, old: int, new: int, flags: int) -> None:
             mem.mod_page(item, new, +1)
 
 
-def _log(mem: Memory, pfn: int, text: str) -> None:
-    mem.printk(f"soft offline: {pfn:#x}: {text}")
+def _log(mem: Memory, pfn: int, text: str, *, older: str = "soft offline: {}: {}") -> None:
+    """older: how the line was put together until 6.10."""
+    form = "Soft offline: {}: {}" if mem.version.offline_logs_frame_first else older
+    mem.printk(form.format(f"{pfn:#x}", text))

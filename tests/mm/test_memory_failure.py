@@ -910,6 +910,31 @@ def test_unpoison_refuses_what_somebody_still_has(machine: Machine, process: Pro
     assert machine.mem.num_poisoned_pages == 0
 
 
+@pytest.mark.parametrize("version", [(6, 10), (6, 11)])
+def test_unpoison_logs_the_frame_first_since_6_11(
+    make_machine: MakeMachine, version: tuple[int, int]
+) -> None:
+    """And goes on in lower case."""
+    machine = make_machine(kernel=KernelVersion.at(*version))
+    file = memfd(machine.process("app"), range(1), size=PAGE)
+    free, cached = machine.mem.nr_pages - 5, file.f_mapping.i_pages.load(0)
+
+    def unpoisoned(pfn: int) -> str:
+        refused(lambda: machine.unpoison_memory(pfn))
+        return texts(machine)[-1].removeprefix("Unpoison: ")
+
+    lines = [(unpoisoned(free), free, "Page was already unpoisoned")]
+    machine.memory_failure(free, injected=True)
+    lines.append((unpoisoned(free), free, "Software-unpoisoned page"))
+    machine.memory_failure(cached, injected=True)
+    lines.append((unpoisoned(cached), cached, "Someone grabs the hwpoison page"))
+    machine.memory_failure(free)
+    lines.append((unpoisoned(free), free, "Disabled after HW memory failure"))
+    for line, pfn, text in lines:
+        later = f"{pfn:#x}: {text[0].lower()}{text[1:]}"
+        assert line == (later if version >= (6, 11) else f"{text} {pfn:#x}")
+
+
 def test_unpoison_logs_ten_lines_in_five_seconds(machine: Machine) -> None:
     """Whatever they say; the first behind them tells how many were left out."""
     first = machine.mem.nr_pages - 20

@@ -259,6 +259,47 @@ def test_a_page_that_goes_bad_meanwhile_is_no_error(machine: Machine, process: P
     assert machine.mem.num_poisoned_pages == 1
 
 
+@pytest.mark.parametrize("version", [(6, 10), (6, 11)])
+def test_the_log_has_one_form_since_6_11(
+    make_machine: MakeMachine, tmp_path: Path, version: tuple[int, int]
+) -> None:
+    """Until then each line was put together by itself."""
+    machine = make_machine(kernel=KernelVersion.at(*version))
+    process = machine.process("app")
+    path = tmp_path / "disk"
+    path.write_bytes(block_bytes(0, 1))
+    file = process.open(str(path))
+    process.pread(file, 0, PAGE)
+    held = process.get(huge(process), 1)
+    machine.lru_add_drain_all()
+    cached, head = process.cached_pfn(file, 0), int(held.pfns[0])
+    assert cached is not None
+    for pfn in (cached, cached, head):
+        refused(lambda pfn=pfn: machine.soft_offline_page(pfn))
+    held.release()
+    bad, lock = locked_page(machine, process)
+    offline = waiting(machine, machine.soft_offline_page, bad)
+    machine.mem.pages.flags[bad] |= np.uint32(PG_hwpoison)
+    lock.release()
+    offline.finish()
+    machine.mem.pages.flags[bad] &= np.uint32(~PG_hwpoison & 0xFFFFFFFF)
+    assert texts(machine) == (
+        [
+            f"Soft offline: {cached:#x}: invalidated",
+            f"Soft offline: {cached:#x}: page already poisoned",
+            f"Soft offline: {head:#x}: thp split failed",
+            f"Soft offline: {bad:#x}: page already poisoned",
+        ]
+        if version >= (6, 11)
+        else [
+            f"soft_offline: {cached:#x}: invalidated",
+            f"soft_offline_page: {cached:#x} page already poisoned",
+            f"soft offline: {head:#x}: thp split failed",
+            f"soft offline: {bad:#x} page already poisoned",
+        ]
+    )
+
+
 def test_what_is_no_page_that_moves(machine: Machine, process: Process) -> None:
     """EIO: page tables, device memory."""
     addr = anonymous(process)
