@@ -89,12 +89,8 @@ class SwapDevice:
     shmem: set[int] = field(default_factory=set)
     free: list[int] = field(default_factory=list)
     next_slot: int = 1  # slot 0 holds the header
-    read_errors: RateLimit = field(
-        default_factory=lambda: RateLimit("end_swap_bio_read", 5 * NSEC_PER_SEC, 10)
-    )
-    write_errors: RateLimit = field(
-        default_factory=lambda: RateLimit("end_swap_bio_write", 5 * NSEC_PER_SEC, 10)
-    )
+    read_errors: RateLimit = field(default_factory=lambda: RateLimit("end_swap_bio_read"))
+    write_errors: RateLimit = field(default_factory=lambda: RateLimit("end_swap_bio_write"))
 
     def vm_swap_full(self) -> bool:
         """More than half of the slots are in use: cached copies are given up early."""
