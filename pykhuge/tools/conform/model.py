@@ -256,9 +256,9 @@ class _Model:
         return self.machine.mem.zero_pfn
 
     def unwatch(self) -> None:
-        start, length = self._at(self.layout.head), self.layout.nr * PAGE
-        for uffd in self.uffds:
-            uffd.unregister(start, length)
+        watched = [vma for vma in self.main.mm.vmas if vma.userfaultfd_armed()]
+        for vma in watched:
+            self._uffd().unregister(vma.vm_start, vma.vm_end - vma.vm_start)
 
     def page(self, who: str, page: int) -> bytes | None:
         try:
